@@ -1,0 +1,80 @@
+//! The two faces of a difference: on activations ([`Adapter`]) and on parameters ([`Fold`]).
+
+use burn::nn::conv::{Conv1d, Conv2d};
+use burn::nn::{Embedding, Linear};
+use burn::tensor::{Int, Tensor};
+use std::fmt::Debug;
+
+/// One trained difference at one place of a frozen model.
+///
+/// Each face is optional: a method implements those of the kinds of places that it serves. A face
+/// returns the difference `δ(x, y0)` to the output `y0` of the frozen layer, or `None` where the
+/// method has nothing to say at this kind of place.
+///
+/// A method that *replaces* what the layer computes (a trained copy; a rotation of the input)
+/// gives the whole output by `linear_whole`, so that one matmul is paid and not two; its
+/// difference is then the whole less `y0`, which is the default.
+#[allow(unused_variables)]
+pub trait Adapter: Debug + Send + Sync {
+    /// `δ` of a linear layer: `x [batch, seq, in]`, `y [batch, seq, out]` → `[batch, seq, out]`.
+    fn linear(&self, layer: &Linear, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
+        self.linear_whole(layer, x).map(|whole| whole - y.clone())
+    }
+
+    /// The whole output of a linear layer, `[batch, seq, in] → [batch, seq, out]`.
+    fn linear_whole(&self, layer: &Linear, x: &Tensor<3>) -> Option<Tensor<3>> {
+        None
+    }
+
+    /// `δ` of an embedding: `ids [batch, seq]`, `y [batch, seq, dim]` → `[batch, seq, dim]`.
+    fn embedding(
+        &self,
+        layer: &Embedding,
+        ids: &Tensor<2, Int>,
+        y: &Tensor<3>,
+    ) -> Option<Tensor<3>> {
+        None
+    }
+
+    /// `δ` of a convolution over time: `x [batch, in, length]` → `[batch, out, length']`.
+    fn conv1d(&self, layer: &Conv1d, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
+        None
+    }
+
+    /// `δ` of a convolution over an image: `x [batch, in, h, w]` → `[batch, out, h', w']`.
+    fn conv2d(&self, layer: &Conv2d, x: &Tensor<4>, y: &Tensor<4>) -> Option<Tensor<4>> {
+        None
+    }
+
+    /// What takes the place of a norm's `(scale, shift)`, each `[dim]`, where this adapter trains them.
+    fn norm(&self) -> (Option<Tensor<1>>, Option<Tensor<1>>) {
+        (None, None)
+    }
+}
+
+/// The same difference on parameters: `W' = W + Δ(W)`, `b' = b + Δ(b)`.
+///
+/// This is what makes merging, and models that know nothing of adapters, possible. A method that
+/// cannot fold (because its difference is not linear in the input) does not implement it, and
+/// merging it does not compile.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no difference of weights, so it cannot be merged or attached",
+    label = "this adapter acts on activations only",
+    note = "run the model with the adapter as an overlay instead: `model.forward(.., &Scope::new(&adapters))`"
+)]
+pub trait Fold: Adapter {
+    /// `Δ(W)` for a weight read as the matrix `[fan_in, fan_out]` ([`as_matrix`](crate::as_matrix)).
+    fn weight(&self, w: &Tensor<2>) -> Option<Tensor<2>>;
+
+    /// `Δ(v)` for a vector that is a weight: the scale of a norm, `[dim]`.
+    fn vector(&self, v: &Tensor<1>) -> Option<Tensor<1>> {
+        let _ = v;
+        None
+    }
+
+    /// `Δ(b)` for a bias, `[fan_out]`.
+    fn bias(&self, b: &Tensor<1>) -> Option<Tensor<1>> {
+        let _ = b;
+        None
+    }
+}

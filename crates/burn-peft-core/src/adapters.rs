@@ -1,0 +1,251 @@
+//! Adapters by path: the thing one trains, saves, loads and averages.
+
+use crate::method::site_rng;
+use crate::{
+    Biases, Error, Fold, Laid, Method, Overlay, Part, Sites, Strength, Strictness, TrainedCopy,
+};
+use burn::module::{Module, ModuleDisplay, Param, ParamId};
+use burn::tensor::{Device, Tensor};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Everything that was trained over one model: a method's adapters, and trained copies of layers
+/// (`modules_to_save`, biases), each by the path of its place.
+///
+/// A Burn [`Module`] whose parameters are exactly the trained ones, so that an optimizer, a record
+/// or a checkpoint of it never meets the base model. As an [`Overlay`] it lies fully (strength 1)
+/// over the model.
+#[derive(Module, Debug)]
+pub struct Adapters<A: Module + ModuleDisplay> {
+    layers: Vec<A>,
+    copies: Vec<TrainedCopy>,
+    #[module(skip)]
+    index: Arc<Index>,
+}
+
+/// Paths of the adapters and copies, in the model's order.
+#[derive(Debug, Default, Clone)]
+struct Index {
+    layers: BTreeMap<String, usize>,
+    copies: BTreeMap<String, usize>,
+}
+
+impl<A: Module + ModuleDisplay> Adapters<A> {
+    /// From parts by path. Order is kept: it is the order of parameters for an optimizer.
+    pub fn new(
+        layers: impl IntoIterator<Item = (String, A)>,
+        copies: impl IntoIterator<Item = (String, TrainedCopy)>,
+    ) -> Self {
+        let mut index = Index::default();
+        let mut adapters = Vec::new();
+        for (path, adapter) in layers {
+            index.layers.insert(path, adapters.len());
+            adapters.push(adapter);
+        }
+        let mut copied = Vec::new();
+        for (path, copy) in copies {
+            index.copies.insert(path, copied.len());
+            copied.push(copy);
+        }
+        Self {
+            layers: adapters,
+            copies: copied,
+            index: Arc::new(index),
+        }
+    }
+
+    /// The method's adapter at `path`.
+    pub fn get(&self, path: &str) -> Option<&A> {
+        self.layers.get(*self.index.layers.get(path)?)
+    }
+
+    /// The trained copy of the layer at `path`.
+    pub fn copy(&self, path: &str) -> Option<&TrainedCopy> {
+        self.copies.get(*self.index.copies.get(path)?)
+    }
+
+    /// Adapters with their paths, by path.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &A)> {
+        self.index
+            .layers
+            .iter()
+            .filter_map(|(path, i)| Some((path.as_str(), self.layers.get(*i)?)))
+    }
+
+    /// Trained copies with their paths, by path.
+    pub fn copies(&self) -> impl Iterator<Item = (&str, &TrainedCopy)> {
+        self.index
+            .copies
+            .iter()
+            .filter_map(|(path, i)| Some((path.as_str(), self.copies.get(*i)?)))
+    }
+
+    /// The same adapters with each adapter put through `map`: how a method changes its own between
+    /// steps (a rank masked, a stage merged).
+    pub fn map_layers(mut self, map: impl FnMut(A) -> A) -> Self {
+        self.layers = self.layers.into_iter().map(map).collect();
+        self
+    }
+
+    /// Takes the values of parameters with the same id out of `trained`: the way back from a model
+    /// that was trained with these adapters [attached](crate::attach).
+    pub fn updated_from<M: Module>(self, trained: &M) -> Self {
+        let mut values = ById::default();
+        trained.visit(&mut values);
+        self.map(&mut values)
+    }
+}
+
+/// Makes adapters of `method` for `model`.
+///
+/// `output` is the path of the model's output layer, if it has one ("all-linear" leaves it out).
+/// Parameters are trainable on `device`, which should be an autodiff device for training. The
+/// model is only read.
+///
+/// # Errors
+/// What [`Method::check`], [`Targets::select`](crate::Targets::select) or [`Method::init`] refuse.
+pub fn adapt<T: Method>(
+    sites: &Sites,
+    method: &T,
+    seed: u64,
+    device: &Device,
+) -> Result<Adapters<T::Adapter>, Error> {
+    method.check()?;
+    let chosen = method
+        .targets()
+        .select(sites, T::KINDS, Strictness::EachName)?;
+    let mut layers = Vec::with_capacity(chosen.len());
+    for site in &chosen {
+        let mut rng = site_rng(seed, &site.path);
+        layers.push((site.path.clone(), method.init(site, &mut rng, device)?));
+    }
+    let adapted: Vec<&str> = chosen.iter().map(|site| site.path.as_str()).collect();
+    let copies = copies(sites, method, &adapted, Strictness::EachName)?
+        .into_iter()
+        .filter_map(|(path, part)| {
+            Some((
+                path.to_owned(),
+                TrainedCopy::of(sites.get(path)?, part, device)?,
+            ))
+        });
+    Ok(Adapters::new(layers, copies))
+}
+
+/// Which layers are copied, whole (`modules_to_save`) or in their bias.
+pub(crate) fn copies<'s, T: Method>(
+    sites: &'s Sites,
+    method: &T,
+    adapted: &[&str],
+    strictness: Strictness,
+) -> Result<Vec<(&'s str, Part)>, Error> {
+    let saved = method.targets().saved(sites, strictness)?;
+    let mut copies: Vec<(&str, Part)> = saved
+        .iter()
+        .map(|site| (site.path.as_str(), Part::Whole))
+        .collect();
+    for site in sites.all.iter().filter(|site| site.bias.is_some()) {
+        let wanted = match method.biases() {
+            Biases::None => false,
+            Biases::All => true,
+            Biases::Adapted => adapted.contains(&site.path.as_str()),
+        };
+        if wanted && !copies.iter().any(|(path, _)| *path == site.path) {
+            copies.push((&site.path, Part::Bias));
+        }
+    }
+    Ok(copies)
+}
+
+impl<A: Module + ModuleDisplay + crate::Adapter> Overlay for Adapters<A> {
+    fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>) {
+        if let Some(adapter) = self.get(path) {
+            laid.push(Laid {
+                adapter,
+                strength: Strength::Scale(1.0),
+            });
+        }
+        if let Some(copy) = self.copy(path) {
+            laid.push(Laid {
+                adapter: copy,
+                strength: Strength::Scale(1.0),
+            });
+        }
+    }
+}
+
+/// Adapters that fold into parameters, by path: what [`merge`](crate::merge) takes.
+pub trait Folds {
+    /// `Δ(W)` at `path`, the weight read as a matrix `[fan_in, fan_out]`.
+    fn fold_weight(&self, path: &str, w: &Tensor<2>) -> Option<Tensor<2>>;
+    /// `Δ(v)` of a norm's scale at `path`.
+    fn fold_vector(&self, path: &str, v: &Tensor<1>) -> Option<Tensor<1>>;
+    /// `Δ(b)` of the bias at `path`.
+    fn fold_bias(&self, path: &str, b: &Tensor<1>) -> Option<Tensor<1>>;
+    /// Paths of all places that change.
+    fn paths(&self) -> Vec<String>;
+}
+
+fn add<const D: usize>(a: Option<Tensor<D>>, b: Option<Tensor<D>>) -> Option<Tensor<D>> {
+    match (a, b) {
+        (Some(a), Some(b)) => Some(a + b),
+        (a, b) => a.or(b),
+    }
+}
+
+impl<A: Module + ModuleDisplay + Fold> Folds for Adapters<A> {
+    fn fold_weight(&self, path: &str, w: &Tensor<2>) -> Option<Tensor<2>> {
+        let adapter = self.get(path).and_then(|a| a.weight(w));
+        add(adapter, self.copy(path).and_then(|c| c.weight(w)))
+    }
+
+    fn fold_vector(&self, path: &str, v: &Tensor<1>) -> Option<Tensor<1>> {
+        let adapter = self.get(path).and_then(|a| a.vector(v));
+        add(adapter, self.copy(path).and_then(|c| c.vector(v)))
+    }
+
+    fn fold_bias(&self, path: &str, b: &Tensor<1>) -> Option<Tensor<1>> {
+        let adapter = self.get(path).and_then(|a| a.bias(b));
+        add(adapter, self.copy(path).and_then(|c| Fold::bias(c, b)))
+    }
+
+    fn paths(&self) -> Vec<String> {
+        let mut paths: Vec<String> = self.index.layers.keys().cloned().collect();
+        paths.extend(self.index.copies.keys().cloned());
+        paths.sort();
+        paths.dedup();
+        paths
+    }
+}
+
+/// Collects parameters by id, then hands them to the parameters with those ids.
+#[derive(Default)]
+struct ById {
+    values: BTreeMap<ParamId, crate::Value>,
+}
+
+impl burn::module::ModuleVisitor for ById {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if let Some(value) = crate::Value::new(param.base()) {
+            self.values.insert(param.id, value);
+        }
+    }
+}
+
+impl burn::module::ModuleMapper for ById {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let Some(value) = self.values.get(&param.id) else {
+            return param;
+        };
+        let shape = param.dims();
+        let device = param.device();
+        let id = param.id;
+        let tensor: Tensor<D> = match value.clone() {
+            crate::Value::D1(t) => t.reshape(shape),
+            crate::Value::D2(t) => t.reshape(shape),
+            crate::Value::D3(t) => t.reshape(shape),
+            crate::Value::D4(t) => t.reshape(shape),
+        };
+        let leaf = crate::copy::leaf(tensor, &device);
+        Param::initialized(id, leaf.val())
+    }
+}

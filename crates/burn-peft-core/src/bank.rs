@@ -1,0 +1,145 @@
+//! Several named adapters over one model, and which of them count.
+
+use crate::{Adapter, Adapters, Error, Laid, Overlay, Strength};
+use burn::module::{Module, ModuleDisplay};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use std::collections::BTreeMap;
+
+/// The name of "no adapter" in [`Bank::rows`], as HF PEFT writes it.
+pub const BASE: &str = "__base__";
+
+/// Named adapters over one model.
+#[derive(Debug, Clone)]
+pub struct Bank<A: Module + ModuleDisplay> {
+    adapters: BTreeMap<String, Adapters<A>>,
+}
+
+impl<A: Module + ModuleDisplay> Default for Bank<A> {
+    fn default() -> Self {
+        Self {
+            adapters: BTreeMap::new(),
+        }
+    }
+}
+
+impl<A: Module + ModuleDisplay + Adapter> Bank<A> {
+    /// An empty bank.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Puts adapters in under a name; returns those that had it before.
+    pub fn insert(
+        &mut self,
+        name: impl Into<String>,
+        adapters: Adapters<A>,
+    ) -> Option<Adapters<A>> {
+        self.adapters.insert(name.into(), adapters)
+    }
+
+    /// Takes adapters out.
+    pub fn remove(&mut self, name: &str) -> Option<Adapters<A>> {
+        self.adapters.remove(name)
+    }
+
+    /// The adapters of that name.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`] with the names there are.
+    pub fn get(&self, name: &str) -> Result<&Adapters<A>, Error> {
+        self.adapters.get(name).ok_or_else(|| Error::Unknown {
+            name: name.to_owned(),
+            held: self.adapters.keys().cloned().collect(),
+        })
+    }
+
+    /// The names, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.adapters.keys().map(String::as_str)
+    }
+
+    /// One adapter, fully.
+    ///
+    /// # Errors
+    /// A name that the bank does not hold.
+    pub fn only(&self, name: &str) -> Result<Selection<'_, A>, Error> {
+        self.mix(&[(name, 1.0)])
+    }
+
+    /// A weighted sum of effects: `y0 + Σ wᵢ·δᵢ`. Exact, whatever the ranks.
+    ///
+    /// # Errors
+    /// A name that the bank does not hold.
+    pub fn mix(&self, parts: &[(&str, f64)]) -> Result<Selection<'_, A>, Error> {
+        let parts = parts.iter().filter(|(_, weight)| *weight != 0.0);
+        let parts = parts.map(|(name, weight)| Ok((self.get(name)?, Share::Scale(*weight))));
+        Ok(Selection {
+            parts: parts.collect::<Result<_, Error>>()?,
+        })
+    }
+
+    /// One adapter a row of the batch, by name; [`BASE`] for none.
+    ///
+    /// # Errors
+    /// A name that the bank does not hold.
+    pub fn rows(&self, names: &[&str], device: &Device) -> Result<Selection<'_, A>, Error> {
+        let mut by_name: BTreeMap<&str, Vec<i32>> = BTreeMap::new();
+        for (row, name) in names.iter().enumerate() {
+            if *name != BASE {
+                let row = i32::try_from(row)
+                    .map_err(|_| Error::config("adapter_names", "has more than 2^31 rows"))?;
+                by_name.entry(name).or_default().push(row);
+            }
+        }
+        let device = device.clone().inner();
+        let parts = by_name.into_iter().map(|(name, rows)| {
+            let adapters = self.get(name)?;
+            if rows.len() == names.len() {
+                return Ok((adapters, Share::Scale(1.0)));
+            }
+            let shape = [rows.len()];
+            Ok((
+                adapters,
+                Share::Rows(Tensor::from_data(TensorData::new(rows, shape), &device)),
+            ))
+        });
+        Ok(Selection {
+            parts: parts.collect::<Result<_, Error>>()?,
+        })
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Share {
+    Scale(f64),
+    Rows(Tensor<1, Int>),
+}
+
+/// Some adapters of a bank, each with its strength: an [`Overlay`].
+#[derive(Debug, Clone)]
+pub struct Selection<'b, A: Module + ModuleDisplay> {
+    parts: Vec<(&'b Adapters<A>, Share)>,
+}
+
+impl<A: Module + ModuleDisplay + Adapter> Overlay for Selection<'_, A> {
+    fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>) {
+        for (adapters, share) in &self.parts {
+            let strength = || match share {
+                Share::Scale(weight) => Strength::Scale(*weight),
+                Share::Rows(rows) => Strength::Rows(rows),
+            };
+            if let Some(adapter) = adapters.get(path) {
+                laid.push(Laid {
+                    adapter,
+                    strength: strength(),
+                });
+            }
+            if let Some(copy) = adapters.copy(path) {
+                laid.push(Laid {
+                    adapter: copy,
+                    strength: strength(),
+                });
+            }
+        }
+    }
+}

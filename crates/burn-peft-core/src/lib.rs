@@ -1,0 +1,45 @@
+//! The core of burn-peft: parameter-efficient fine-tuning for Burn.
+//!
+//! > **An adapter is a difference laid over one place of a frozen model.**
+//! > on activations `y = y0 + Σ wᵢ·δᵢ(x, y0)`, on weights `W' = W + Σ wᵢ·Δᵢ(W)`.
+//!
+//! Adapters are values, apart from the model. The base is an ordinary Burn module that is never
+//! changed and lives on the plain device; adapters live on `device.autodiff()`. Burn treats the
+//! plain tensor as a constant, so there is nothing to freeze, and a checkpoint is the adapters alone.
+//!
+//! * [`Sites`] finds the places of a model, [`Targets`] chooses among them by HF PEFT's rules.
+//! * A [`Method`] is what was asked for; [`adapt`] builds [`Adapters`] of it.
+//! * A model of ours takes a [`Scope`] in its forward; the scope adds what lies at each place. Any
+//!   other Burn model is trained through [`attach`].
+//! * [`merge`] makes a plain model. A [`Bank`] holds several adapters and selects among them.
+//! * [`save`] and [`load`] speak HF PEFT's file format.
+
+mod adapter;
+mod adapters;
+mod bank;
+mod copy;
+mod error;
+mod fold;
+mod format;
+mod method;
+mod scope;
+mod site;
+mod summary;
+mod targets;
+mod tensors;
+mod tuned;
+
+pub use adapter::{Adapter, Fold};
+pub use adapters::{Adapters, Folds, adapt};
+pub use bank::{BASE, Bank, Selection};
+pub use copy::{Part, TrainedCopy};
+pub use error::Error;
+pub use fold::{Attached, attach, merge};
+pub use format::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, load, peft_type, save};
+pub use method::{Biases, Method, site_rng};
+pub use scope::{Laid, Overlay, Scope, Strength};
+pub use site::{Kind, Site, Sites, Value, as_matrix, from_matrix, hf_component, hf_path};
+pub use summary::{Summary, grouped};
+pub use targets::{ALL_LINEAR, Names, OneOrMany, Strictness, Targets, pattern_value};
+pub use tensors::{PlaceTensors, TensorFile, write_atomic, write_tensors};
+pub use tuned::{Frozen, Tuned};

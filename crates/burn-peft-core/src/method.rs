@@ -1,0 +1,94 @@
+//! What was asked for: plain data in HF PEFT's words, which checks itself and builds adapters.
+
+use crate::{Adapter, Error, Kind, PlaceTensors, Site, Targets};
+use burn::module::{Module, ModuleDisplay};
+use burn::tensor::{Device, TensorData};
+use rand::SeedableRng;
+use rand::rngs::ChaCha8Rng;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::fmt::Debug;
+
+/// Which biases are trained beside the adapters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Biases {
+    /// None.
+    #[default]
+    None,
+    /// Every bias of the model.
+    All,
+    /// Those of the adapted layers.
+    Adapted,
+}
+
+/// A method of fine-tuning: its configuration and how its adapters are built, named and stored.
+///
+/// Plain data with HF PEFT's field names; [`Method::init`] checks everything and returns the
+/// adapter, and nothing reads the configuration after that.
+pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + 'static {
+    /// What is trained at one place.
+    type Adapter: Adapter + Module + ModuleDisplay + Sync + 'static;
+
+    /// `peft_type` in `adapter_config.json`.
+    const NAME: &'static str;
+
+    /// The kinds of places that it can be laid over.
+    const KINDS: &'static [Kind];
+
+    /// Fields of HF PEFT's configuration that change the result and are not implemented, each with
+    /// the JSON values (besides null, false and empty) that change nothing.
+    const ABSENT: &'static [(&'static str, &'static [&'static str])];
+
+    /// Where it goes.
+    fn targets(&self) -> &Targets;
+
+    /// Which biases are trained beside it.
+    fn biases(&self) -> Biases {
+        Biases::None
+    }
+
+    /// Refuses what cannot work on any model: ranks of zero, options that are not implemented.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the field's name.
+    fn check(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// The adapter for one place, trainable on `device`. `rng` depends on the seed and the path
+    /// alone, so that the numbers are the same on every device.
+    ///
+    /// # Errors
+    /// [`Error::Place`] or [`Error::Config`] where the place cannot carry it.
+    fn init(
+        &self,
+        site: &Site,
+        rng: &mut ChaCha8Rng,
+        device: &Device,
+    ) -> Result<Self::Adapter, Error>;
+
+    /// The adapter's tensors by the names they have in HF PEFT's file after the place's path, in
+    /// HF's layout.
+    fn tensors(&self, site: &Site, adapter: &Self::Adapter) -> Vec<(&'static str, TensorData)>;
+
+    /// The inverse of [`Method::tensors`]: takes the place's tensors out of `file`.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where one is missing or has another shape or type than the place asks for.
+    fn restore(
+        &self,
+        site: &Site,
+        file: &mut PlaceTensors<'_>,
+        device: &Device,
+    ) -> Result<Self::Adapter, Error>;
+}
+
+/// The generator for one place: the same for the same seed and path, whatever else is adapted.
+pub fn site_rng(seed: u64, path: &str) -> ChaCha8Rng {
+    // FNV-1a: a fixed, portable hash, which std's hashers are not.
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    for byte in path.bytes() {
+        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    }
+    ChaCha8Rng::seed_from_u64(hash ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+}

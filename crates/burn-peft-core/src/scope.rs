@@ -1,0 +1,296 @@
+//! Where a forward pass is and what lies over it.
+
+use crate::Adapter;
+use burn::module::Param;
+use burn::nn::conv::{Conv1d, Conv2d};
+use burn::nn::{Embedding, LayerNorm, Linear, RmsNorm};
+use burn::tensor::{Int, Tensor};
+
+/// How strongly an adapter lies over a place.
+#[derive(Debug, Clone)]
+pub enum Strength<'a> {
+    /// `y0 + w·δ` for the whole batch.
+    Scale(f64),
+    /// `y0 + δ` for these rows of the batch only: indices `[n]` into its first axis.
+    Rows(&'a Tensor<1, Int>),
+}
+
+/// One adapter at one place, with its strength.
+#[derive(Debug, Clone)]
+pub struct Laid<'a> {
+    /// The adapter.
+    pub adapter: &'a dyn Adapter,
+    /// How strongly it counts.
+    pub strength: Strength<'a>,
+}
+
+/// Which adapters lie over a model: nothing (`()`), adapters, several at once (a tuple), or a
+/// selection from a bank.
+pub trait Overlay {
+    /// Appends what lies at `path`.
+    fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>);
+}
+
+impl Overlay for () {
+    fn at<'a>(&'a self, _path: &str, _laid: &mut Vec<Laid<'a>>) {}
+}
+
+impl<O: Overlay + ?Sized> Overlay for &O {
+    fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>) {
+        (**self).at(path, laid);
+    }
+}
+
+impl<O: Overlay + ?Sized> Overlay for Box<O> {
+    fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>) {
+        (**self).at(path, laid);
+    }
+}
+
+macro_rules! tuple {
+    ($($name:ident),+) => {
+        impl<$($name: Overlay),+> Overlay for ($($name,)+) {
+            #[allow(non_snake_case)]
+            fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>) {
+                let ($($name,)+) = self;
+                $($name.at(path, laid);)+
+            }
+        }
+    };
+}
+tuple!(A);
+tuple!(A, B);
+tuple!(A, B, C);
+tuple!(A, B, C, D);
+
+/// Where a forward pass is, and what lies over the model; handed down the forward by argument.
+///
+/// A model says `cx.at("query").linear(&self.query, x)` and nothing more: the scope adds what
+/// lies there, `y = y0 + Σ wᵢ·δᵢ(x, y0)`.
+#[derive(Clone)]
+pub struct Scope<'a> {
+    overlay: &'a dyn Overlay,
+    path: String,
+}
+
+impl std::fmt::Debug for Scope<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Scope")
+            .field("path", &self.path)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'a> Scope<'a> {
+    /// At the root of a model with `overlay` over it.
+    pub fn new(overlay: &'a dyn Overlay) -> Self {
+        Self {
+            overlay,
+            path: String::new(),
+        }
+    }
+
+    /// The plain model.
+    pub fn plain() -> Scope<'static> {
+        Scope {
+            overlay: &(),
+            path: String::new(),
+        }
+    }
+
+    /// One level down. Names are those of the Hugging Face checkpoint; `name` may hold dots.
+    pub fn at(&self, name: &str) -> Self {
+        let mut path = String::with_capacity(self.path.len() + 1 + name.len());
+        path.push_str(&self.path);
+        if !path.is_empty() {
+            path.push('.');
+        }
+        path.push_str(name);
+        Self {
+            overlay: self.overlay,
+            path,
+        }
+    }
+
+    /// The block `index` of the list `name`, such as `layer.3`.
+    pub fn block(&self, name: &str, index: usize) -> Self {
+        self.at(&format!("{name}.{index}"))
+    }
+
+    /// Where we are.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    fn laid(&self) -> Vec<Laid<'a>> {
+        let mut laid = Vec::new();
+        self.overlay.at(&self.path, &mut laid);
+        laid
+    }
+
+    /// A linear layer with what lies over it: `[batch, in]`, `[batch, seq, in]` or more axes → `[.., out]`.
+    pub fn linear<const D: usize>(&self, layer: &Linear, x: Tensor<D>) -> Tensor<D> {
+        let laid = self.laid();
+        if laid.is_empty() {
+            return layer.forward(x);
+        }
+        let mut dims = x.dims();
+        let (batch, width) = (dims[0], dims[D - 1]);
+        let rest: usize = dims[1..D - 1].iter().product();
+        let x = x.reshape([batch, rest, width]);
+        // An adapter that replaces the layer outright spares the frozen matmul, if it counts once
+        // and fully.
+        let wholes: Vec<Option<Tensor<3>>> = match laid.as_slice() {
+            [
+                Laid {
+                    strength: Strength::Rows(_),
+                    ..
+                },
+            ] => vec![None],
+            _ => laid.iter().map(|l| l.whole(layer, &x)).collect(),
+        };
+        let mut replaced = wholes
+            .iter()
+            .enumerate()
+            .filter(|(_, whole)| whole.is_some());
+        let first = match (replaced.next(), replaced.next()) {
+            (Some((index, Some(whole))), None) => Some((index, whole.clone())),
+            _ => None,
+        };
+        let skip = first.as_ref().map(|(index, _)| *index);
+        let y0 = first.map_or_else(|| layer.forward(x.clone()), |(_, whole)| whole);
+        let others = laid
+            .into_iter()
+            .enumerate()
+            .filter(|(i, _)| Some(*i) != skip)
+            .map(|(_, l)| l);
+        let y = sum(others, &x, y0, |a, x, y| a.linear(layer, x, y));
+        let [_, _, out] = y.dims();
+        dims[D - 1] = out;
+        y.reshape(dims)
+    }
+
+    /// An embedding with what lies over it: `[batch, seq]` → `[batch, seq, dim]`.
+    pub fn embedding(&self, layer: &Embedding, ids: Tensor<2, Int>) -> Tensor<3> {
+        let y0 = layer.forward(ids.clone());
+        sum(self.laid(), &ids, y0, |a, ids, y| {
+            a.embedding(layer, ids, y)
+        })
+    }
+
+    /// A convolution over time with what lies over it.
+    pub fn conv1d(&self, layer: &Conv1d, x: Tensor<3>) -> Tensor<3> {
+        let y0 = layer.forward(x.clone());
+        sum(self.laid(), &x, y0, |a, x, y| a.conv1d(layer, x, y))
+    }
+
+    /// A convolution over images with what lies over it.
+    pub fn conv2d(&self, layer: &Conv2d, x: Tensor<4>) -> Tensor<4> {
+        let y0 = layer.forward(x.clone());
+        sum(self.laid(), &x, y0, |a, x, y| a.conv2d(layer, x, y))
+    }
+
+    /// A layer norm with what lies over it, `[.., dim]`.
+    pub fn layer_norm<const D: usize>(&self, layer: &LayerNorm, x: Tensor<D>) -> Tensor<D> {
+        self.norm(x, |x, (scale, shift)| {
+            let mut layer = layer.clone();
+            replace(&mut layer.gamma, scale);
+            if let Some(beta) = &mut layer.beta {
+                replace(beta, shift);
+            }
+            layer.forward(x)
+        })
+    }
+
+    /// A root-mean-square norm with what lies over it, `[.., dim]`.
+    pub fn rms_norm<const D: usize>(&self, layer: &RmsNorm, x: Tensor<D>) -> Tensor<D> {
+        self.norm(x, |x, (scale, _)| {
+            let mut layer = layer.clone();
+            replace(&mut layer.gamma, scale);
+            layer.forward(x)
+        })
+    }
+
+    fn norm<const D: usize>(
+        &self,
+        x: Tensor<D>,
+        forward: impl Fn(Tensor<D>, (Option<Tensor<1>>, Option<Tensor<1>>)) -> Tensor<D>,
+    ) -> Tensor<D> {
+        let laid = self.laid();
+        if let [
+            Laid {
+                adapter,
+                strength: Strength::Scale(w),
+            },
+        ] = laid.as_slice()
+            && *w == 1.0
+        {
+            return forward(x, adapter.norm());
+        }
+        let y0 = forward(x.clone(), (None, None));
+        sum(laid, &x, y0, |a, x, y| match a.norm() {
+            (None, None) => None,
+            parts => Some(forward(x.clone(), parts) - y.clone()),
+        })
+    }
+}
+
+fn replace<const D: usize>(param: &mut Param<Tensor<D>>, value: Option<Tensor<D>>) {
+    if let Some(value) = value {
+        *param = Param::initialized(param.id, value);
+    }
+}
+
+impl Laid<'_> {
+    fn whole(&self, layer: &Linear, x: &Tensor<3>) -> Option<Tensor<3>> {
+        match self.strength {
+            Strength::Scale(w) if w == 1.0 => self.adapter.linear_whole(layer, x),
+            _ => None,
+        }
+    }
+}
+
+/// What enters a layer: it can be cut to some rows of the batch.
+trait Input {
+    fn rows(&self, rows: &Tensor<1, Int>) -> Self;
+}
+
+impl<const D: usize> Input for Tensor<D> {
+    fn rows(&self, rows: &Tensor<1, Int>) -> Self {
+        self.clone().select(0, rows.clone())
+    }
+}
+
+impl<const D: usize> Input for Tensor<D, Int> {
+    fn rows(&self, rows: &Tensor<1, Int>) -> Self {
+        self.clone().select(0, rows.clone())
+    }
+}
+
+/// `y0 + Σ wᵢ·δᵢ(x, y0)`. An adapter routed to some rows sees only those: a batch with many
+/// adapters costs what a batch with one costs.
+fn sum<'a, const D: usize, X: Input>(
+    laid: impl IntoIterator<Item = Laid<'a>>,
+    x: &X,
+    y0: Tensor<D>,
+    delta: impl Fn(&dyn Adapter, &X, &Tensor<D>) -> Option<Tensor<D>>,
+) -> Tensor<D> {
+    let mut y = y0.clone();
+    for Laid { adapter, strength } in laid {
+        match strength {
+            Strength::Scale(w) => {
+                if let Some(d) = delta(adapter, x, &y0) {
+                    y = y + if w == 1.0 { d } else { d * w };
+                }
+            }
+            Strength::Rows(rows) => {
+                if let Some(d) = delta(adapter, &x.rows(rows), &y0.clone().select(0, rows.clone()))
+                {
+                    let update = burn::tensor::IndexingUpdateOp::Add;
+                    y = y.select_assign(0, rows.clone(), d, update);
+                }
+            }
+        }
+    }
+    y
+}

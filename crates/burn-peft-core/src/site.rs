@@ -1,0 +1,261 @@
+//! Places of a model: found by one visitor, named as the Hugging Face checkpoint names them.
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{Device, Tensor};
+use std::collections::BTreeMap;
+
+/// What stands at a place. The kinds are closed; methods and models are open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// `y = xW + b`, weight `[in, out]`.
+    Linear,
+    /// Rows of a table, weight `[vocabulary, dim]`.
+    Embedding,
+    /// Weight `[out, in / groups, kernel]`.
+    Conv1d,
+    /// Weight `[out, in / groups, height, width]`.
+    Conv2d,
+    /// A scale and a shift over the last axis, weight `[dim]`.
+    Norm,
+}
+
+/// A parameter of any rank; a handle, so that cloning it copies nothing.
+#[derive(Debug, Clone)]
+#[allow(missing_docs)]
+pub enum Value {
+    D1(Tensor<1>),
+    D2(Tensor<2>),
+    D3(Tensor<3>),
+    D4(Tensor<4>),
+}
+
+impl Value {
+    /// Wraps a tensor of rank 1 to 4.
+    pub fn new<const D: usize>(tensor: Tensor<D>) -> Option<Self> {
+        let shape = tensor.shape();
+        Some(match D {
+            1 => Self::D1(tensor.reshape(shape.dims::<1>())),
+            2 => Self::D2(tensor.reshape(shape.dims::<2>())),
+            3 => Self::D3(tensor.reshape(shape.dims::<3>())),
+            4 => Self::D4(tensor.reshape(shape.dims::<4>())),
+            _ => return None,
+        })
+    }
+
+    /// The sizes of all axes.
+    pub fn shape(&self) -> Vec<usize> {
+        match self {
+            Self::D1(t) => t.dims().to_vec(),
+            Self::D2(t) => t.dims().to_vec(),
+            Self::D3(t) => t.dims().to_vec(),
+            Self::D4(t) => t.dims().to_vec(),
+        }
+    }
+}
+
+/// Reads a weight of any rank as the matrix `[fan_in, fan_out]` that folding works on.
+///
+/// Linear and embedding weights are that already; a convolution `[out, in, ..kernel]` is
+/// flattened to `[out, in · kernel]` and transposed, so that a low-rank pair reads the same everywhere.
+pub fn as_matrix<const D: usize>(weight: Tensor<D>) -> Tensor<2> {
+    let dims = weight.dims();
+    if D == 2 {
+        return weight.reshape([dims[0], dims[1]]);
+    }
+    let out = dims[0];
+    weight
+        .reshape([out, dims[1..].iter().product()])
+        .transpose()
+}
+
+/// The inverse of [`as_matrix`]: back to the shape that the parameter has.
+pub fn from_matrix<const D: usize>(matrix: Tensor<2>, shape: [usize; D]) -> Tensor<D> {
+    if D == 2 {
+        matrix.reshape(shape)
+    } else {
+        matrix.transpose().reshape(shape)
+    }
+}
+
+/// One place of a model that an adapter can be laid over.
+#[derive(Debug, Clone)]
+pub struct Site {
+    /// Dotted path as in the Hugging Face checkpoint, such as `encoder.layer.0.attention.self.query`.
+    pub path: String,
+    /// What stands here.
+    pub kind: Kind,
+    /// The weight, a handle on the base model's own.
+    pub weight: Value,
+    /// The bias, where there is one.
+    pub bias: Option<Tensor<1>>,
+}
+
+impl Site {
+    /// Number of inputs: rows of the weight read as a matrix.
+    pub fn fan_in(&self) -> usize {
+        match self.weight.shape().as_slice() {
+            [dim] => *dim,
+            [fan_in, _] => *fan_in,
+            [_, rest @ ..] => rest.iter().product(),
+            [] => 0,
+        }
+    }
+
+    /// Number of outputs: columns of the weight read as a matrix.
+    pub fn fan_out(&self) -> usize {
+        match self.weight.shape().as_slice() {
+            [dim] => *dim,
+            [_, fan_out] => *fan_out,
+            [out, ..] => *out,
+            [] => 0,
+        }
+    }
+
+    /// The weight as a matrix `[fan_in, fan_out]`; `None` where it is a vector.
+    pub fn matrix(&self) -> Option<Tensor<2>> {
+        match &self.weight {
+            Value::D1(_) => None,
+            Value::D2(t) => Some(t.clone()),
+            Value::D3(t) => Some(as_matrix(t.clone())),
+            Value::D4(t) => Some(as_matrix(t.clone())),
+        }
+    }
+
+    /// The device on which the base lives.
+    pub fn device(&self) -> Device {
+        match &self.weight {
+            Value::D1(t) => t.device(),
+            Value::D2(t) => t.device(),
+            Value::D3(t) => t.device(),
+            Value::D4(t) => t.device(),
+        }
+    }
+}
+
+/// The name that a module component has in a Hugging Face checkpoint.
+///
+/// A trailing underscore stands for a Rust keyword (`self_` for `self`); a norm's `gamma` and
+/// `beta` are `weight` and `bias` there.
+pub fn hf_component(component: &str) -> &str {
+    match component {
+        "gamma" => "weight",
+        "beta" => "bias",
+        other => other.strip_suffix('_').unwrap_or(other),
+    }
+}
+
+/// A whole path of Burn's components in the checkpoint's words.
+pub fn hf_path<S: AsRef<str>>(components: &[S]) -> String {
+    let mut path = String::new();
+    for component in components {
+        if !path.is_empty() {
+            path.push('.');
+        }
+        path.push_str(hf_component(component.as_ref()));
+    }
+    path
+}
+
+/// All places of a model, in the order in which it declares them.
+#[derive(Debug, Clone, Default)]
+pub struct Sites {
+    /// The places.
+    pub all: Vec<Site>,
+    /// Path of the layer that makes the model's output; "all-linear" leaves it out, as HF PEFT does.
+    pub output: Option<String>,
+    /// Parameters of the whole model, trained or not.
+    pub parameters: usize,
+}
+
+impl Sites {
+    /// Finds every place of `model` and marks the output layer, if the model names one.
+    pub fn of<M: Module>(model: &M, output: Option<&str>) -> Self {
+        let mut finder = Finder::default();
+        model.visit(&mut finder);
+        let mut sites = Self {
+            all: Vec::new(),
+            output: output.map(str::to_owned),
+            parameters: model.num_params(),
+        };
+        for path in finder.order {
+            let Some(found) = finder.found.remove(&path) else {
+                continue;
+            };
+            let (Some(kind), Some(weight)) = (found.kind, found.weight) else {
+                continue;
+            };
+            sites.all.push(Site {
+                path,
+                kind,
+                weight,
+                bias: found.bias,
+            });
+        }
+        sites
+    }
+
+    /// The place at `path`.
+    pub fn get(&self, path: &str) -> Option<&Site> {
+        self.all.iter().find(|site| site.path == path)
+    }
+}
+
+#[derive(Default)]
+struct Found {
+    kind: Option<Kind>,
+    weight: Option<Value>,
+    bias: Option<Tensor<1>>,
+}
+
+#[derive(Default)]
+struct Finder {
+    stack: Vec<(String, String)>,
+    order: Vec<String>,
+    found: BTreeMap<String, Found>,
+}
+
+fn kind_of(owner: &str, rank: usize) -> Option<Kind> {
+    match (owner.strip_prefix("Struct:").unwrap_or(owner), rank) {
+        ("Linear", 2) => Some(Kind::Linear),
+        ("Embedding", 2) => Some(Kind::Embedding),
+        ("Conv1d", 3) => Some(Kind::Conv1d),
+        ("Conv2d", 4) => Some(Kind::Conv2d),
+        (name, 1) if name.ends_with("Norm") => Some(Kind::Norm),
+        _ => None,
+    }
+}
+
+impl ModuleVisitor for Finder {
+    fn enter_module(&mut self, name: &str, container_type: &str) {
+        self.stack
+            .push((name.to_owned(), container_type.to_owned()));
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.stack.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let Some(((name, owner), parents)) = self.stack.split_last() else {
+            return;
+        };
+        let names: Vec<&str> = parents.iter().map(|(name, _)| name.as_str()).collect();
+        let path = hf_path(&names);
+        let entry = self.found.entry(path.clone()).or_insert_with(|| {
+            self.order.push(path);
+            Found::default()
+        });
+        match hf_component(name) {
+            "weight" => {
+                entry.kind = kind_of(owner, D);
+                entry.weight = Value::new(param.base());
+            }
+            "bias" if D == 1 => {
+                if let Some(Value::D1(bias)) = Value::new(param.base()) {
+                    entry.bias = Some(bias);
+                }
+            }
+            _ => {}
+        }
+    }
+}

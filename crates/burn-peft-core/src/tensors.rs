@@ -1,0 +1,312 @@
+//! Safetensors files: mapped for reading, atomic for writing, every refusal naming its tensor.
+
+use crate::Error;
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use memmap2::Mmap;
+use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView};
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::Write;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+#[derive(Debug, Clone)]
+struct Entry {
+    shard: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    range: Range<usize>,
+}
+
+/// One safetensors file or the shards of one model, mapped into memory. Reading takes a tensor
+/// out, so that what is left over can be told.
+#[derive(Debug)]
+pub struct TensorFile {
+    shards: Vec<(PathBuf, Mmap)>,
+    entries: BTreeMap<String, Entry>,
+}
+
+fn map_file(path: &Path) -> Result<Mmap, Error> {
+    let file = File::open(path).map_err(|e| Error::io(path, e))?;
+    let size = file.metadata().map_err(|e| Error::io(path, e))?.len();
+    if size == 0 {
+        return Err(Error::format(path, "is empty; expected a safetensors file"));
+    }
+    // SAFETY: the map is private to this process and only read. As with every mapped file, another
+    // process that truncates it while it is read would crash this one; model files are not edited
+    // in place, and writes of ours replace files whole.
+    #[allow(unsafe_code)]
+    unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))
+}
+
+impl TensorFile {
+    /// Maps one file.
+    ///
+    /// # Errors
+    /// A missing, empty or truncated file, or a header that lies about it.
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self, Error> {
+        Self::open_shards([path.into()])
+    }
+
+    /// Maps the shards of one model.
+    ///
+    /// # Errors
+    /// As [`TensorFile::open`]; or a tensor that stands in two shards.
+    pub fn open_shards(paths: impl IntoIterator<Item = PathBuf>) -> Result<Self, Error> {
+        let mut file = Self {
+            shards: Vec::new(),
+            entries: BTreeMap::new(),
+        };
+        for path in paths {
+            let map = map_file(&path)?;
+            let shard = file.shards.len();
+            {
+                let refuse = |e: SafeTensorError| {
+                    Error::format(
+                        &path,
+                        format!("is not a whole safetensors file ({e}); copy or download it again"),
+                    )
+                };
+                // Checks the header's length, offsets and shapes against the file's size.
+                let view = SafeTensors::deserialize(&map).map_err(refuse)?;
+                let base = map.as_ptr() as usize;
+                for (name, tensor) in view.iter() {
+                    let start = tensor.data().as_ptr() as usize - base;
+                    let entry = Entry {
+                        shard,
+                        dtype: tensor.dtype(),
+                        shape: tensor.shape().to_vec(),
+                        range: start..start + tensor.data().len(),
+                    };
+                    if file.entries.insert(name.to_owned(), entry).is_some() {
+                        let twice = format!("tensor `{name}` stands in an earlier shard too");
+                        return Err(Error::format(&path, twice));
+                    }
+                }
+            }
+            file.shards.push((path, map));
+        }
+        Ok(file)
+    }
+
+    /// Names of the tensors that were not taken yet, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// Whether a tensor of that name is there and was not taken yet.
+    pub fn has(&self, name: &str) -> bool {
+        self.entries.contains_key(name)
+    }
+
+    /// Sizes of a tensor's axes.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.entries.get(name).map(|entry| entry.shape.as_slice())
+    }
+
+    /// Type of a tensor's numbers, as safetensors names it.
+    pub fn dtype(&self, name: &str) -> Option<String> {
+        self.entries
+            .get(name)
+            .map(|entry| format!("{:?}", entry.dtype))
+    }
+
+    /// Bytes that all tensors not taken yet occupy.
+    pub fn bytes(&self) -> usize {
+        self.entries.values().map(|entry| entry.range.len()).sum()
+    }
+
+    /// Leaves a tensor out, as if it had been taken.
+    pub fn skip(&mut self, name: &str) {
+        self.entries.remove(name);
+    }
+
+    fn float_dtype(name: &str, dtype: Dtype) -> Result<DType, Error> {
+        match dtype {
+            Dtype::F32 => Ok(DType::F32),
+            Dtype::F16 => Ok(DType::F16),
+            Dtype::BF16 => Ok(DType::BF16),
+            Dtype::F64 => Ok(DType::F64),
+            other => Err(Error::tensor(
+                name,
+                "numbers of type F32, F16, BF16 or F64",
+                format!("type {other:?}"),
+            )),
+        }
+    }
+
+    /// Takes a float tensor out, in the type that the file has.
+    ///
+    /// # Errors
+    /// A missing tensor or one that does not hold floats.
+    pub fn take_data(&mut self, name: &str) -> Result<TensorData, Error> {
+        let Some(entry) = self.entries.remove(name) else {
+            let near = Error::no_match("file", name, "tensor", self.names());
+            return Err(Error::tensor(
+                name,
+                "this tensor",
+                format!("no tensor of that name ({near})"),
+            ));
+        };
+        let dtype = Self::float_dtype(name, entry.dtype)?;
+        let bytes = self.shards[entry.shard].1[entry.range].to_vec();
+        Ok(TensorData::from_bytes_vec(bytes, entry.shape, dtype))
+    }
+
+    /// Takes an integer tensor (I64 or I32) out.
+    ///
+    /// # Errors
+    /// A missing tensor or one of another type.
+    pub fn take_ints(&mut self, name: &str) -> Result<(Vec<usize>, Vec<i64>), Error> {
+        let Some(entry) = self.entries.remove(name) else {
+            let held = self.names().collect::<Vec<_>>().join(", ");
+            return Err(Error::tensor(name, "this tensor", format!("only: {held}")));
+        };
+        let bytes = &self.shards[entry.shard].1[entry.range];
+        let ints = match entry.dtype {
+            Dtype::I64 => bytes
+                .chunks_exact(8)
+                .map(|b| i64::from_le_bytes(std::array::from_fn(|i| b[i])))
+                .collect(),
+            Dtype::I32 => bytes
+                .chunks_exact(4)
+                .map(|b| i64::from(i32::from_le_bytes(std::array::from_fn(|i| b[i]))))
+                .collect(),
+            other => {
+                return Err(Error::tensor(
+                    name,
+                    "integers of type I64",
+                    format!("type {other:?}"),
+                ));
+            }
+        };
+        Ok((entry.shape, ints))
+    }
+
+    /// Takes a float tensor out as f32 on `device`, checking its shape.
+    ///
+    /// # Errors
+    /// A missing tensor, another shape, or a type that is no float.
+    pub fn take<const D: usize>(
+        &mut self,
+        name: &str,
+        shape: [usize; D],
+        device: &Device,
+    ) -> Result<Tensor<D>, Error> {
+        if let Some(found) = self.shape(name)
+            && found != shape
+        {
+            return Err(Error::tensor(
+                name,
+                format!("shape {shape:?}"),
+                format!("shape {found:?}"),
+            ));
+        }
+        let data = self.take_data(name)?.convert::<f32>();
+        Ok(Tensor::from_data(data, device))
+    }
+}
+
+/// The tensors of one place, by their names after its path.
+#[derive(Debug)]
+pub struct PlaceTensors<'f> {
+    file: &'f mut TensorFile,
+    prefix: String,
+}
+
+impl<'f> PlaceTensors<'f> {
+    /// Those whose names begin with `prefix` and a dot.
+    pub fn new(file: &'f mut TensorFile, prefix: impl Into<String>) -> Self {
+        Self {
+            file,
+            prefix: prefix.into(),
+        }
+    }
+
+    fn name(&self, suffix: &str) -> String {
+        format!("{}.{suffix}", self.prefix)
+    }
+
+    /// Whether the place has a tensor of that name.
+    pub fn has(&self, suffix: &str) -> bool {
+        self.file.has(&self.name(suffix))
+    }
+
+    /// Takes one out as f32; see [`TensorFile::take`].
+    ///
+    /// # Errors
+    /// As [`TensorFile::take`].
+    pub fn take<const D: usize>(
+        &mut self,
+        suffix: &str,
+        shape: [usize; D],
+        device: &Device,
+    ) -> Result<Tensor<D>, Error> {
+        let name = self.name(suffix);
+        self.file.take(&name, shape, device)
+    }
+}
+
+fn dtype_of(data: &TensorData) -> Option<Dtype> {
+    Some(match data.dtype() {
+        DType::F64 => Dtype::F64,
+        DType::F32 => Dtype::F32,
+        DType::F16 => Dtype::F16,
+        DType::BF16 => Dtype::BF16,
+        DType::I64 => Dtype::I64,
+        DType::I32 => Dtype::I32,
+        _ => return None,
+    })
+}
+
+/// Writes tensors as a safetensors file, whole or not at all, with the metadata `{"format": "pt"}`
+/// that PyTorch's readers ask for.
+///
+/// # Errors
+/// A type that the format cannot hold, or a disk that is full or read-only.
+pub fn write_tensors<'t>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (String, &'t TensorData)>,
+) -> Result<(), Error> {
+    let mut views: BTreeMap<String, TensorView<'_>> = BTreeMap::new();
+    for (name, data) in tensors {
+        let Some(dtype) = dtype_of(data) else {
+            let found = format!("type {:?}", data.dtype());
+            return Err(Error::tensor(name, "floats or integers", found));
+        };
+        let shape = data.shape().to_vec();
+        let view = TensorView::new(dtype, shape, data.as_bytes())
+            .map_err(|e| Error::format(path, format!("cannot hold `{name}`: {e}")))?;
+        views.insert(name, view);
+    }
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let bytes = safetensors::serialize(views, Some(metadata))
+        .map_err(|e| Error::format(path, format!("cannot be written: {e}")))?;
+    write_atomic(path, &bytes)
+}
+
+/// Writes a file whole or not at all: a temporary file beside it, synced, then renamed over it.
+///
+/// # Errors
+/// What the operating system says; the old file, if there was one, is untouched then.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    let folder = path
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
+    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(|e| Error::io(folder, e))?;
+    file.write_all(bytes).map_err(|e| Error::io(path, e))?;
+    file.as_file().sync_all().map_err(|e| Error::io(path, e))?;
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        // Temporary files are private; an adapter is as readable as any file its owner makes.
+        let mode = std::fs::Permissions::from_mode(0o644);
+        file.as_file()
+            .set_permissions(mode)
+            .map_err(|e| Error::io(path, e))?;
+    }
+    file.persist(path).map_err(|e| Error::io(path, e.error))?;
+    Ok(())
+}
