@@ -80,6 +80,15 @@ impl<A: Module + ModuleDisplay> Adapters<A> {
             .filter_map(|(path, i)| Some((path.as_str(), self.copies.get(*i)?)))
     }
 
+    /// Paths of all places that change, sorted.
+    pub fn places(&self) -> Vec<String> {
+        let mut paths: Vec<String> = self.index.layers.keys().cloned().collect();
+        paths.extend(self.index.copies.keys().cloned());
+        paths.sort();
+        paths.dedup();
+        paths
+    }
+
     /// The same adapters with each adapter put through `map`: how a method changes its own between
     /// steps (a rank masked, a stage merged).
     pub fn map_layers(mut self, map: impl FnMut(A) -> A) -> Self {
@@ -209,11 +218,43 @@ impl<A: Module + ModuleDisplay + Fold> Folds for Adapters<A> {
     }
 
     fn paths(&self) -> Vec<String> {
-        let mut paths: Vec<String> = self.index.layers.keys().cloned().collect();
-        paths.extend(self.index.copies.keys().cloned());
-        paths.sort();
-        paths.dedup();
-        paths
+        self.places()
+    }
+}
+
+/// Adapters of a method known only at run time, as something to merge.
+#[derive(Debug)]
+pub struct Folded<'a, T: Method>(&'a Adapters<T::Adapter>);
+
+impl<'a, T: Method> Folded<'a, T> {
+    /// `None` where the method does not fold into parameters.
+    pub fn new(adapters: &'a Adapters<T::Adapter>) -> Option<Self> {
+        adapters.iter().all(|(_, adapter)| T::fold(adapter).is_some()).then_some(Self(adapters))
+    }
+
+    fn fold(&self, path: &str) -> Option<&dyn Fold> {
+        T::fold(self.0.get(path)?)
+    }
+}
+
+impl<T: Method> Folds for Folded<'_, T> {
+    fn fold_weight(&self, path: &str, w: &Tensor<2>) -> Option<Tensor<2>> {
+        let adapter = self.fold(path).and_then(|a| a.weight(w));
+        add(adapter, self.0.copy(path).and_then(|c| Fold::weight(c, w)))
+    }
+
+    fn fold_vector(&self, path: &str, v: &Tensor<1>) -> Option<Tensor<1>> {
+        let adapter = self.fold(path).and_then(|a| a.vector(v));
+        add(adapter, self.0.copy(path).and_then(|c| Fold::vector(c, v)))
+    }
+
+    fn fold_bias(&self, path: &str, b: &Tensor<1>) -> Option<Tensor<1>> {
+        let adapter = self.fold(path).and_then(|a| a.bias(b));
+        add(adapter, self.0.copy(path).and_then(|c| Fold::bias(c, b)))
+    }
+
+    fn paths(&self) -> Vec<String> {
+        self.0.places()
     }
 }
 

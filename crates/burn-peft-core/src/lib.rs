@@ -30,7 +30,7 @@ mod tensors;
 mod tuned;
 
 pub use adapter::{Adapter, Fold};
-pub use adapters::{Adapters, Folds, adapt};
+pub use adapters::{Adapters, Folded, Folds, adapt};
 pub use bank::{BASE, Bank, Selection};
 pub use copy::{Part, TrainedCopy};
 pub use error::Error;

@@ -1,6 +1,6 @@
 //! What was asked for: plain data in HF PEFT's words, which checks itself and builds adapters.
 
-use crate::{Adapter, Error, Kind, PlaceTensors, Site, Targets};
+use crate::{Adapter, Error, Fold, Kind, PlaceTensors, Site, Targets};
 use burn::module::{Module, ModuleDisplay};
 use burn::tensor::{Device, TensorData};
 use rand::SeedableRng;
@@ -66,6 +66,20 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
         rng: &mut ChaCha8Rng,
         device: &Device,
     ) -> Result<Self::Adapter, Error>;
+
+    /// The adapter's face on parameters, where the method has one: what merging needs when the
+    /// method is only known at run time.
+    fn fold(adapter: &Self::Adapter) -> Option<&dyn Fold> {
+        let _ = adapter;
+        None
+    }
+
+    /// Configurations over which the shared laws run: every option of the method at least once.
+    fn samples(targets: &Targets) -> Vec<Self>;
+
+    /// Number of trained parameters at `site` by the paper's formula; a law compares it with what
+    /// [`Method::init`] makes.
+    fn parameters(&self, site: &Site) -> usize;
 
     /// The adapter's tensors by the names they have in HF PEFT's file after the place's path, in
     /// HF's layout.

@@ -362,6 +362,31 @@ impl Method for Lora {
         self.adapter(site, pair, bias)
     }
 
+    fn fold(adapter: &LoraAdapter) -> Option<&dyn Fold> {
+        Some(adapter)
+    }
+
+    fn samples(targets: &Targets) -> Vec<Self> {
+        let plain = Self::new(4, 8.0, targets.clone());
+        let saving = Targets { modules_to_save: Some(vec!["head".into()]), ..targets.clone() };
+        vec![
+            Self { use_rslora: true, bias: LoraBias::LoraOnly, ..plain.clone() },
+            Self { lora_dropout: 0.2, bias: LoraBias::All, ..plain.clone() },
+            Self { init_lora_weights: "gaussian".into(), targets: saving, ..plain.clone() },
+            Self {
+                rank_pattern: IndexMap::from([("query".into(), 2)]),
+                alpha_pattern: IndexMap::from([("query".into(), 6.0)]),
+                ..plain.clone()
+            },
+            plain,
+        ]
+    }
+
+    fn parameters(&self, site: &Site) -> usize {
+        let r = self.rank(&site.path).unwrap_or(self.r);
+        r * (site.fan_in() + site.fan_out()) + usize::from(self.lora_bias) * site.fan_out()
+    }
+
     fn tensors(&self, site: &Site, adapter: &LoraAdapter) -> Vec<(&'static str, TensorData)> {
         let a = adapter.lora_a.val().transpose(); // (r, fan_in), as PyTorch stores it
         let b = adapter.lora_b.val().transpose(); // (fan_out, r)
