@@ -27,7 +27,6 @@ mod site;
 mod summary;
 mod targets;
 mod tensors;
-mod tuned;
 
 pub use adapter::{Adapter, Fold};
 pub use adapters::{Adapters, Folded, Folds, adapt};
@@ -42,4 +41,3 @@ pub use site::{Kind, Site, Sites, Value, as_matrix, from_matrix, hf_component, h
 pub use summary::{Summary, grouped};
 pub use targets::{ALL_LINEAR, Names, OneOrMany, Strictness, Targets, pattern_value};
 pub use tensors::{PlaceTensors, TensorFile, write_atomic, write_tensors};
-pub use tuned::{Frozen, Tuned};

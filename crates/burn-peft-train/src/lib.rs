@@ -1,1 +1,22 @@
+//! Training for burn-peft: data, batches and a run on burn-train's learner.
 
+pub mod checkpoint;
+pub mod data;
+mod error;
+mod feed;
+mod objectives;
+mod optim;
+mod options;
+pub mod plot;
+mod progress;
+mod run;
+mod silent;
+mod tuned;
+
+pub use checkpoint::CHECKPOINT_FOLDER;
+pub use error::TrainError;
+pub use feed::{Collate, EvalFeed, TrainFeed};
+pub use options::{BestBy, Options, Schedule};
+pub use progress::{Console, Event, MetricsFile, Observer};
+pub use run::{Fitted, Run};
+pub use tuned::{Loss, Objective, Report, Step, StepSettings, Tuned};

@@ -1,0 +1,354 @@
+//! BERT (arXiv 1810.04805), laid out as in `transformers`.
+// Fields are named as in the checkpoint, where this one is in capitals.
+#![allow(non_snake_case)]
+
+
+use crate::attention::{attention, padding_mask, split_heads};
+use crate::load::{Pretrained, linear, table};
+use crate::Tokens;
+use burn::module::Module;
+use burn::nn::{Embedding, LayerNorm, LayerNormConfig, Linear};
+use burn::tensor::activation::{gelu, gelu_approximate, relu};
+use burn::tensor::{Device, Tensor, TensorData};
+use burn_peft_core::{Error, Scope};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+
+/// The fields of `config.json` that shape the model, with `transformers`' defaults.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct BertConfig {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    pub intermediate_size: usize,
+    pub hidden_act: String,
+    pub max_position_embeddings: usize,
+    pub type_vocab_size: usize,
+    pub layer_norm_eps: f64,
+    pub initializer_range: f64,
+    pub id2label: Option<BTreeMap<String, String>>,
+    pub num_labels: Option<usize>,
+}
+
+impl Default for BertConfig {
+    fn default() -> Self {
+        Self {
+            vocab_size: 30522,
+            hidden_size: 768,
+            num_hidden_layers: 12,
+            num_attention_heads: 12,
+            intermediate_size: 3072,
+            hidden_act: "gelu".into(),
+            max_position_embeddings: 512,
+            type_vocab_size: 2,
+            layer_norm_eps: 1e-12,
+            initializer_range: 0.02,
+            id2label: None,
+            num_labels: None,
+        }
+    }
+}
+
+impl BertConfig {
+    /// Number of classes: as many as have names, or `num_labels`, or 2.
+    pub fn labels(&self) -> usize {
+        self.id2label.as_ref().map(BTreeMap::len).or(self.num_labels).unwrap_or(2)
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        if self.num_attention_heads == 0 || !self.hidden_size.is_multiple_of(self.num_attention_heads) {
+            let found = format!("{} does not divide by {}", self.hidden_size, self.num_attention_heads);
+            return Err(Error::config("hidden_size", format!("{found}, the num_attention_heads")));
+        }
+        Activation::of(&self.hidden_act).map(drop)
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Activation {
+    Gelu,
+    GeluTanh,
+    Relu,
+}
+
+impl Activation {
+    fn of(name: &str) -> Result<Self, Error> {
+        match name {
+            "gelu" => Ok(Self::Gelu),
+            "gelu_new" | "gelu_pytorch_tanh" => Ok(Self::GeluTanh),
+            "relu" => Ok(Self::Relu),
+            other => {
+                let reason = format!("`{other}` is not implemented; expected gelu, gelu_new or relu");
+                Err(Error::config("hidden_act", reason))
+            }
+        }
+    }
+
+    fn apply(self, x: Tensor<3>) -> Tensor<3> {
+        match self {
+            Self::Gelu => gelu(x),
+            Self::GeluTanh => gelu_approximate(x),
+            Self::Relu => relu(x),
+        }
+    }
+}
+
+/// Words, positions and sentence numbers, summed and normalised.
+#[derive(Module, Debug)]
+pub(crate) struct BertEmbeddings {
+    word_embeddings: Embedding,
+    position_embeddings: Embedding,
+    token_type_embeddings: Embedding,
+    LayerNorm: LayerNorm,
+}
+
+/// Queries, keys and values.
+#[derive(Module, Debug)]
+pub(crate) struct BertSelfAttention {
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    #[module(skip)]
+    heads: usize,
+}
+
+/// A projection, the residual, and a norm.
+#[derive(Module, Debug)]
+pub(crate) struct BertOutput {
+    dense: Linear,
+    LayerNorm: LayerNorm,
+}
+
+/// Self-attention with its output.
+#[derive(Module, Debug)]
+pub(crate) struct BertAttention {
+    self_: BertSelfAttention,
+    output: BertOutput,
+}
+
+/// A projection alone.
+#[derive(Module, Debug)]
+pub(crate) struct BertDense {
+    dense: Linear,
+}
+
+/// One block.
+#[derive(Module, Debug)]
+pub(crate) struct BertLayer {
+    attention: BertAttention,
+    intermediate: BertDense,
+    output: BertOutput,
+    #[module(skip)]
+    activation: Activation,
+}
+
+/// The blocks.
+#[derive(Module, Debug)]
+pub(crate) struct BertEncoder {
+    layer: Vec<BertLayer>,
+}
+
+/// The encoder with its embeddings and its pooler.
+#[derive(Module, Debug)]
+pub struct BertModel {
+    embeddings: BertEmbeddings,
+    encoder: BertEncoder,
+    pooler: BertDense,
+}
+
+/// BERT with a classifier on the pooled first token.
+///
+/// The frozen base runs without its own dropout, in training too: only adapters drop.
+#[derive(Module, Debug)]
+pub struct BertForSequenceClassification {
+    bert: BertModel,
+    classifier: Linear,
+    #[module(skip)]
+    limits: Limits,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    vocab: usize,
+    positions: usize,
+    types: usize,
+}
+
+impl BertOutput {
+    fn init(fan_in: usize, config: &BertConfig, device: &Device) -> Self {
+        Self {
+            dense: linear(fan_in, config.hidden_size, true, device),
+            LayerNorm: norm(config, device),
+        }
+    }
+
+    fn forward(&self, x: Tensor<3>, residual: Tensor<3>, cx: &Scope<'_>) -> Tensor<3> {
+        let y = cx.at("dense").linear(&self.dense, x) + residual;
+        cx.at("LayerNorm").layer_norm(&self.LayerNorm, y)
+    }
+}
+
+fn norm(config: &BertConfig, device: &Device) -> LayerNorm {
+    LayerNormConfig::new(config.hidden_size).with_epsilon(config.layer_norm_eps).init(device)
+}
+
+impl BertLayer {
+    fn forward(&self, x: Tensor<3>, mask: Option<Tensor<4>>, cx: &Scope<'_>) -> Tensor<3> {
+        let (own, at) = (&self.attention.self_, cx.at("attention.self"));
+        let q = at.at("query").linear(&own.query, x.clone()); // [b, s, h]
+        let k = at.at("key").linear(&own.key, x.clone());
+        let v = at.at("value").linear(&own.value, x.clone());
+        let [q, k, v] = [q, k, v].map(|part| split_heads(part, own.heads)); // [b, n, s, d]
+        let mixed = attention(q, k, v, mask);
+        let h = self.attention.output.forward(mixed, x, &cx.at("attention.output"));
+        let wide = cx.at("intermediate.dense").linear(&self.intermediate.dense, h.clone());
+        self.output.forward(self.activation.apply(wide), h, &cx.at("output"))
+    }
+}
+
+impl BertModel {
+    fn init(config: &BertConfig, device: &Device) -> Result<Self, Error> {
+        config.check()?;
+        let h = config.hidden_size;
+        let layer = |_| -> Result<BertLayer, Error> {
+            Ok(BertLayer {
+                attention: BertAttention {
+                    self_: BertSelfAttention {
+                        query: linear(h, h, true, device),
+                        key: linear(h, h, true, device),
+                        value: linear(h, h, true, device),
+                        heads: config.num_attention_heads,
+                    },
+                    output: BertOutput::init(h, config, device),
+                },
+                intermediate: BertDense { dense: linear(h, config.intermediate_size, true, device) },
+                output: BertOutput::init(config.intermediate_size, config, device),
+                activation: Activation::of(&config.hidden_act)?,
+            })
+        };
+        Ok(Self {
+            embeddings: BertEmbeddings {
+                word_embeddings: table(config.vocab_size, h, device),
+                position_embeddings: table(config.max_position_embeddings, h, device),
+                token_type_embeddings: table(config.type_vocab_size, h, device),
+                LayerNorm: norm(config, device),
+            },
+            encoder: BertEncoder {
+                layer: (0..config.num_hidden_layers).map(layer).collect::<Result<_, _>>()?,
+            },
+            pooler: BertDense { dense: linear(h, h, true, device) },
+        })
+    }
+
+    fn device(&self) -> Device {
+        self.embeddings.word_embeddings.weight.device()
+    }
+
+    /// Hidden states of the last block, `[batch, seq, hidden]`.
+    pub fn forward(&self, tokens: &Tokens, cx: &Scope<'_>) -> Tensor<3> {
+        let device = self.device();
+        let (parts, at) = (&self.embeddings, cx.at("embeddings"));
+        let count: Vec<i32> = (0..tokens.seq as i32).collect();
+        let positions = match &tokens.positions {
+            Some(positions) => positions.clone(),
+            None => count.repeat(tokens.batch),
+        };
+        let zeros = || vec![0; tokens.ids.len()];
+        let types = tokens.type_ids.clone().unwrap_or_else(zeros);
+        let ids = |values: &[i32]| tokens.tensor(values, &device);
+        let words = at.at("word_embeddings").embedding(&parts.word_embeddings, ids(&tokens.ids));
+        let types =
+            at.at("token_type_embeddings").embedding(&parts.token_type_embeddings, ids(&types));
+        let places =
+            at.at("position_embeddings").embedding(&parts.position_embeddings, ids(&positions));
+        let mut x = at.at("LayerNorm").layer_norm(&parts.LayerNorm, words + types + places);
+        let mask = padding_mask(&tokens.mask, [tokens.batch, tokens.seq], &device);
+        let at = cx.at("encoder");
+        for (index, layer) in self.encoder.layer.iter().enumerate() {
+            x = layer.forward(x, mask.clone(), &at.block("layer", index));
+        }
+        x
+    }
+
+    /// `tanh` of a projection of the first token, `[batch, hidden]`.
+    pub fn pooled(&self, hidden: Tensor<3>, cx: &Scope<'_>) -> Tensor<2> {
+        let [batch, _, width] = hidden.dims();
+        let first = hidden.slice([0..batch, 0..1]).reshape([batch, width]);
+        cx.at("pooler.dense").linear(&self.pooler.dense, first).tanh()
+    }
+
+    /// Sentence embeddings `[batch, hidden]`: the mean over all tokens that are no padding, with
+    /// length 1, as the sentence-transformers models built on BERT make them.
+    pub fn embed(&self, tokens: &Tokens, cx: &Scope<'_>) -> Tensor<2> {
+        let hidden = self.forward(tokens, cx); // [b, s, h]
+        let [batch, seq, width] = hidden.dims();
+        let kept: Vec<f32> = tokens.mask.iter().map(|&kept| kept as f32).collect();
+        let kept = Tensor::<3>::from_data(TensorData::new(kept, [batch, seq, 1]), &self.device());
+        let mean = (hidden * kept.clone()).sum_dim(1) / kept.sum_dim(1).clamp_min(1e-9);
+        let mean: Tensor<2> = mean.reshape([batch, width]);
+        let length = mean.clone().square().sum_dim(1).sqrt().clamp_min(1e-12);
+        mean / length
+    }
+}
+
+impl BertForSequenceClassification {
+    /// The encoder below the classifier.
+    pub fn encoder(&self) -> &BertModel {
+        &self.bert
+    }
+
+    /// Number of classes.
+    pub fn labels(&self) -> usize {
+        self.classifier.weight.shape().dims::<2>()[1]
+    }
+
+    /// Refuses what a forward pass could not take; see [`Tokens::check`].
+    ///
+    /// # Errors
+    /// As [`Tokens::check`].
+    pub fn check(&self, tokens: &Tokens) -> Result<(), Error> {
+        tokens.check(self.limits.vocab, self.limits.positions)?;
+        let largest = tokens.type_ids.iter().flatten().copied().max().unwrap_or(0);
+        if largest < 0 || largest as usize >= self.limits.types {
+            let reason = format!("expected numbers below {}, found {largest}", self.limits.types);
+            return Err(Error::config("token_type_ids", reason));
+        }
+        Ok(())
+    }
+
+    /// Logits `[batch, labels]`.
+    pub fn forward(&self, tokens: &Tokens, cx: &Scope<'_>) -> Tensor<2> {
+        let at = cx.at("bert");
+        let pooled = self.bert.pooled(self.bert.forward(tokens, &at), &at);
+        cx.at("classifier").linear(&self.classifier, pooled)
+    }
+}
+
+impl Pretrained for BertForSequenceClassification {
+    type Config = BertConfig;
+    const MODEL_TYPE: &'static str = "bert";
+    const OUTPUT: &'static str = "classifier";
+    const PREFIX: &'static str = "bert.";
+    /// A checkpoint of the bare encoder has no classifier, and some have no pooler.
+    const MAY_BE_FRESH: &'static [&'static str] = &["classifier.", "bert.pooler."];
+    const IGNORED: &'static [&'static str] = &["embeddings.position_ids", "cls."];
+
+    fn init(config: &BertConfig, device: &Device) -> Result<Self, Error> {
+        Ok(Self {
+            bert: BertModel::init(config, device)?,
+            classifier: linear(config.hidden_size, config.labels(), true, device),
+            limits: Limits {
+                vocab: config.vocab_size,
+                positions: config.max_position_embeddings,
+                types: config.type_vocab_size,
+            },
+        })
+    }
+
+    fn initializer_range(config: &BertConfig) -> f64 {
+        config.initializer_range
+    }
+}

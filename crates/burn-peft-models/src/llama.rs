@@ -1,0 +1,436 @@
+//! The Llama family (arXiv 2302.13971), laid out as in `transformers`.
+
+use crate::attention::{attention, causal_mask, split_heads};
+use crate::load::{Pretrained, linear, table};
+use crate::Tokens;
+use burn::module::Module;
+use burn::nn::{Embedding, Linear, RmsNorm, RmsNormConfig};
+use burn::tensor::activation::silu;
+use burn::tensor::{Device, Tensor, TensorData};
+use burn_peft_core::{Error, Scope};
+use serde::Deserialize;
+
+/// The fields of `config.json` that shape the model, with `transformers`' defaults.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct LlamaConfig {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    pub num_key_value_heads: Option<usize>,
+    pub head_dim: Option<usize>,
+    pub hidden_act: String,
+    pub max_position_embeddings: usize,
+    pub initializer_range: f64,
+    pub rms_norm_eps: f64,
+    pub tie_word_embeddings: bool,
+    pub rope_theta: Option<f64>,
+    pub rope_scaling: Option<RopeScaling>,
+    /// Newer files hold `rope_theta` and the scaling together here.
+    pub rope_parameters: Option<RopeScaling>,
+    pub attention_bias: bool,
+    pub mlp_bias: bool,
+}
+
+impl Default for LlamaConfig {
+    fn default() -> Self {
+        Self {
+            vocab_size: 32000,
+            hidden_size: 4096,
+            intermediate_size: 11008,
+            num_hidden_layers: 32,
+            num_attention_heads: 32,
+            num_key_value_heads: None,
+            head_dim: None,
+            hidden_act: "silu".into(),
+            max_position_embeddings: 2048,
+            initializer_range: 0.02,
+            rms_norm_eps: 1e-6,
+            tie_word_embeddings: false,
+            rope_theta: None,
+            rope_scaling: None,
+            rope_parameters: None,
+            attention_bias: false,
+            mlp_bias: false,
+        }
+    }
+}
+
+/// How rotary positions are stretched beyond the trained length.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct RopeScaling {
+    #[serde(alias = "type")]
+    pub rope_type: Option<String>,
+    pub rope_theta: Option<f64>,
+    pub factor: Option<f64>,
+    pub low_freq_factor: Option<f64>,
+    pub high_freq_factor: Option<f64>,
+    pub original_max_position_embeddings: Option<f64>,
+}
+
+/// Rotary position embeddings (arXiv 2104.09864): frequencies `θ^(-2i/d)`, stretched as the
+/// configuration says.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rope {
+    /// Radians a position, `[d / 2]`.
+    pub frequencies: Vec<f64>,
+}
+
+impl Rope {
+    /// Of a configuration.
+    ///
+    /// # Errors
+    /// A scaling that is not implemented, or one whose numbers are missing.
+    pub fn new(config: &LlamaConfig) -> Result<Self, Error> {
+        let scaling = config.rope_parameters.as_ref().or(config.rope_scaling.as_ref());
+        let theta = scaling
+            .and_then(|s| s.rope_theta)
+            .or(config.rope_theta)
+            .unwrap_or(10000.0);
+        let d = config.head_dim();
+        let plain = (0..d / 2).map(|i| theta.powf(-2.0 * i as f64 / d as f64));
+        let Some(scaling) = scaling else { return Ok(Self { frequencies: plain.collect() }) };
+        let number = |name: &str, value: Option<f64>| {
+            value.ok_or_else(|| Error::config(format!("rope_scaling.{name}"), "is missing"))
+        };
+        let kind = scaling.rope_type.as_deref().unwrap_or("default");
+        let frequencies = match kind {
+            "default" => plain.collect(),
+            "linear" => {
+                let factor = number("factor", scaling.factor)?;
+                plain.map(|frequency| frequency / factor).collect()
+            }
+            "llama3" => {
+                let factor = number("factor", scaling.factor)?;
+                let low = number("low_freq_factor", scaling.low_freq_factor)?;
+                let high = number("high_freq_factor", scaling.high_freq_factor)?;
+                let name = "original_max_position_embeddings";
+                let trained = number(name, scaling.original_max_position_embeddings)?;
+                // Long waves are stretched, short ones left, those between blended.
+                let stretch = |frequency: f64| {
+                    let wave = 2.0 * std::f64::consts::PI / frequency;
+                    if wave > trained / low {
+                        frequency / factor
+                    } else if wave < trained / high {
+                        frequency
+                    } else {
+                        let smooth = (trained / wave - low) / (high - low);
+                        (1.0 - smooth) * frequency / factor + smooth * frequency
+                    }
+                };
+                plain.map(stretch).collect()
+            }
+            other => {
+                let reason = format!("`{other}` is not implemented; expected default, linear or llama3");
+                return Err(Error::config("rope_scaling.rope_type", reason));
+            }
+        };
+        Ok(Self { frequencies })
+    }
+
+    /// Cosines and sines for positions `[batch · seq]`: each `[batch, 1, seq, d]`, both halves alike.
+    fn tables(
+        &self,
+        positions: &[i32],
+        [batch, seq]: [usize; 2],
+        device: &Device,
+    ) -> (Tensor<4>, Tensor<4>) {
+        let d = 2 * self.frequencies.len();
+        let table = |f: fn(f64) -> f64| {
+            let mut values = Vec::with_capacity(positions.len() * d);
+            for &position in positions {
+                let angles = self.frequencies.iter().map(|w| f(f64::from(position) * w) as f32);
+                values.extend(angles.clone().chain(angles));
+            }
+            Tensor::from_data(TensorData::new(values, [batch, 1, seq, d]), device)
+        };
+        (table(f64::cos), table(f64::sin))
+    }
+}
+
+/// `x·cos + rotate_half(x)·sin`, where `rotate_half` is `(-x₂, x₁)` of the two halves.
+fn rotate(x: Tensor<4>, (cos, sin): &(Tensor<4>, Tensor<4>)) -> Tensor<4> {
+    let [batch, heads, seq, d] = x.dims();
+    let half = |range: std::ops::Range<usize>| x.clone().slice([0..batch, 0..heads, 0..seq, range]);
+    let turned = Tensor::cat(vec![-half(d / 2..d), half(0..d / 2)], 3);
+    x * cos.clone() + turned * sin.clone()
+}
+
+impl LlamaConfig {
+    fn groups(&self) -> usize {
+        self.num_key_value_heads.unwrap_or(self.num_attention_heads)
+    }
+
+    fn head_dim(&self) -> usize {
+        self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        let (heads, groups) = (self.num_attention_heads, self.groups());
+        if heads == 0 || groups == 0 || !heads.is_multiple_of(groups) {
+            let found = format!("{groups} does not divide num_attention_heads, {heads}");
+            return Err(Error::config("num_key_value_heads", found));
+        }
+        if !self.head_dim().is_multiple_of(2) || self.head_dim() == 0 {
+            let found = format!("expected an even number, found {}", self.head_dim());
+            return Err(Error::config("head_dim", found));
+        }
+        if self.hidden_act != "silu" {
+            let reason = format!("`{}` is not implemented; expected silu", self.hidden_act);
+            return Err(Error::config("hidden_act", reason));
+        }
+        Ok(())
+    }
+}
+
+/// Grouped-query attention (arXiv 2305.13245).
+#[derive(Module, Debug)]
+pub(crate) struct LlamaAttention {
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    #[module(skip)]
+    heads: (usize, usize),
+}
+
+/// `down(silu(gate(x)) · up(x))` (SwiGLU, arXiv 2002.05202).
+#[derive(Module, Debug)]
+pub(crate) struct LlamaMlp {
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+}
+
+/// One block.
+#[derive(Module, Debug)]
+pub(crate) struct LlamaLayer {
+    self_attn: LlamaAttention,
+    mlp: LlamaMlp,
+    input_layernorm: RmsNorm,
+    post_attention_layernorm: RmsNorm,
+}
+
+/// The decoder without its output layer.
+#[derive(Module, Debug)]
+pub struct LlamaModel {
+    embed_tokens: Embedding,
+    layers: Vec<LlamaLayer>,
+    norm: RmsNorm,
+    #[module(skip)]
+    rope: Rope,
+}
+
+/// Llama with an output over the vocabulary: a layer of its own, or the embedding once more.
+#[derive(Module, Debug)]
+pub struct LlamaForCausalLM {
+    model: LlamaModel,
+    lm_head: Option<Linear>,
+    #[module(skip)]
+    limits: (usize, usize),
+}
+
+/// Keys and values of the tokens so far, so that generation reads each token once.
+#[derive(Debug, Clone, Default)]
+pub struct KvCache {
+    layers: Vec<(Tensor<4>, Tensor<4>)>,
+    kept: Vec<Vec<i32>>,
+}
+
+impl KvCache {
+    /// Tokens held, padding counted in.
+    pub fn len(&self) -> usize {
+        self.kept.first().map_or(0, Vec::len)
+    }
+
+    /// Whether nothing was read yet.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn past(&self) -> Vec<i32> {
+        self.kept.iter().map(|row| row.iter().sum()).collect()
+    }
+
+    fn extend(&mut self, layer: usize, k: Tensor<4>, v: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+        let pair = match self.layers.get(layer) {
+            None => (k, v),
+            Some((old_k, old_v)) => (
+                Tensor::cat(vec![old_k.clone(), k], 2),
+                Tensor::cat(vec![old_v.clone(), v], 2),
+            ),
+        };
+        if layer < self.layers.len() {
+            self.layers[layer] = pair.clone();
+        } else {
+            self.layers.push(pair.clone());
+        }
+        pair
+    }
+}
+
+impl LlamaLayer {
+    fn forward(
+        &self,
+        x: Tensor<3>,
+        tables: &(Tensor<4>, Tensor<4>),
+        mask: Option<Tensor<4>>,
+        cache: Option<(&mut KvCache, usize)>,
+        cx: &Scope<'_>,
+    ) -> Tensor<3> {
+        let norm = cx.at("input_layernorm").rms_norm(&self.input_layernorm, x.clone());
+        let (own, at) = (&self.self_attn, cx.at("self_attn"));
+        let (heads, groups) = own.heads;
+        let q = at.at("q_proj").linear(&own.q_proj, norm.clone()); // [b, s, n·d]
+        let k = at.at("k_proj").linear(&own.k_proj, norm.clone()); // [b, s, g·d]
+        let v = at.at("v_proj").linear(&own.v_proj, norm);
+        let q = rotate(split_heads(q, heads), tables); // [b, n, s, d]
+        let k = rotate(split_heads(k, groups), tables);
+        let v = split_heads(v, groups);
+        let (k, v) = match cache {
+            Some((cache, layer)) => cache.extend(layer, k, v),
+            None => (k, v),
+        };
+        let mixed = attention(q, k, v, mask);
+        let x = x + at.at("o_proj").linear(&own.o_proj, mixed);
+
+        let after = &self.post_attention_layernorm;
+        let norm = cx.at("post_attention_layernorm").rms_norm(after, x.clone());
+        let (mlp, at) = (&self.mlp, cx.at("mlp"));
+        let gate = silu(at.at("gate_proj").linear(&mlp.gate_proj, norm.clone()));
+        let up = at.at("up_proj").linear(&mlp.up_proj, norm);
+        x + at.at("down_proj").linear(&mlp.down_proj, gate * up)
+    }
+}
+
+impl LlamaModel {
+    fn init(config: &LlamaConfig, device: &Device) -> Result<Self, Error> {
+        config.check()?;
+        let (h, wide, d) = (config.hidden_size, config.intermediate_size, config.head_dim());
+        let (heads, groups) = (config.num_attention_heads, config.groups());
+        let norm = || RmsNormConfig::new(h).with_epsilon(config.rms_norm_eps).init(device);
+        let (bias, mlp_bias) = (config.attention_bias, config.mlp_bias);
+        let layer = |_| LlamaLayer {
+            self_attn: LlamaAttention {
+                q_proj: linear(h, heads * d, bias, device),
+                k_proj: linear(h, groups * d, bias, device),
+                v_proj: linear(h, groups * d, bias, device),
+                o_proj: linear(heads * d, h, bias, device),
+                heads: (heads, groups),
+            },
+            mlp: LlamaMlp {
+                gate_proj: linear(h, wide, mlp_bias, device),
+                up_proj: linear(h, wide, mlp_bias, device),
+                down_proj: linear(wide, h, mlp_bias, device),
+            },
+            input_layernorm: norm(),
+            post_attention_layernorm: norm(),
+        };
+        Ok(Self {
+            embed_tokens: table(config.vocab_size, h, device),
+            layers: (0..config.num_hidden_layers).map(layer).collect(),
+            norm: norm(),
+            rope: Rope::new(config)?,
+        })
+    }
+
+    /// Hidden states after the last norm, `[batch, seq, hidden]`. With a cache, `tokens` are those
+    /// that follow what the cache holds.
+    pub fn forward(
+        &self,
+        tokens: &Tokens,
+        cx: &Scope<'_>,
+        mut cache: Option<&mut KvCache>,
+    ) -> Tensor<3> {
+        let device = self.embed_tokens.weight.device();
+        let shape = [tokens.batch, tokens.seq];
+        let past = cache.as_ref().map(|cache| cache.past()).unwrap_or_default();
+        let mut kept: Vec<Vec<i32>> = match &cache {
+            Some(cache) if !cache.is_empty() => cache.kept.clone(),
+            _ => vec![Vec::new(); tokens.batch],
+        };
+        for (row, mask) in kept.iter_mut().zip(tokens.mask.chunks(tokens.seq)) {
+            row.extend_from_slice(mask);
+        }
+        let mask = causal_mask(&kept, tokens.seq, tokens.segments.as_deref(), &device);
+        let tables = self.rope.tables(&tokens.positions(&past), shape, &device);
+        let ids = tokens.tensor(&tokens.ids, &device);
+        let mut x = cx.at("embed_tokens").embedding(&self.embed_tokens, ids);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let cache = cache.as_deref_mut().map(|cache| (cache, index));
+            x = layer.forward(x, &tables, mask.clone(), cache, &cx.block("layers", index));
+        }
+        if let Some(cache) = cache {
+            cache.kept = kept;
+        }
+        cx.at("norm").rms_norm(&self.norm, x)
+    }
+}
+
+impl LlamaForCausalLM {
+    /// Most tokens that a sequence may have.
+    pub fn max_positions(&self) -> usize {
+        self.limits.1
+    }
+
+    /// Number of tokens it knows.
+    pub fn vocab(&self) -> usize {
+        self.limits.0
+    }
+
+    /// Refuses what a forward pass could not take; see [`Tokens::check`].
+    ///
+    /// # Errors
+    /// As [`Tokens::check`].
+    pub fn check(&self, tokens: &Tokens) -> Result<(), Error> {
+        tokens.check(self.limits.0, self.limits.1)
+    }
+
+    /// Hidden states, `[batch, seq, hidden]`: what [`Self::logits`] reads.
+    pub fn hidden(&self, tokens: &Tokens, cx: &Scope<'_>, cache: Option<&mut KvCache>) -> Tensor<3> {
+        self.model.forward(tokens, &cx.at("model"), cache)
+    }
+
+    /// Logits of hidden states: `[batch, seq, hidden]` → `[batch, seq, vocab]`.
+    pub fn logits(&self, hidden: Tensor<3>, cx: &Scope<'_>) -> Tensor<3> {
+        match &self.lm_head {
+            Some(head) => cx.at("lm_head").linear(head, hidden),
+            None => {
+                let table = self.model.embed_tokens.weight.val(); // [vocab, hidden]
+                burn::tensor::module::linear(hidden, table.transpose(), None)
+            }
+        }
+    }
+
+    /// Logits `[batch, seq, vocab]`.
+    pub fn forward(&self, tokens: &Tokens, cx: &Scope<'_>) -> Tensor<3> {
+        self.logits(self.hidden(tokens, cx, None), cx)
+    }
+}
+
+impl Pretrained for LlamaForCausalLM {
+    type Config = LlamaConfig;
+    const MODEL_TYPE: &'static str = "llama";
+    const OUTPUT: &'static str = "lm_head";
+    const PREFIX: &'static str = "model.";
+    const MAY_BE_FRESH: &'static [&'static str] = &[];
+    const IGNORED: &'static [&'static str] = &["rotary_emb.inv_freq", "lm_head.weight"];
+
+    fn init(config: &LlamaConfig, device: &Device) -> Result<Self, Error> {
+        let head = || linear(config.hidden_size, config.vocab_size, false, device);
+        Ok(Self {
+            model: LlamaModel::init(config, device)?,
+            lm_head: (!config.tie_word_embeddings).then(head),
+            limits: (config.vocab_size, config.max_position_embeddings),
+        })
+    }
+
+    fn initializer_range(config: &LlamaConfig) -> f64 {
+        config.initializer_range
+    }
+}

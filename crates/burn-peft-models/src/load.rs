@@ -1,0 +1,353 @@
+//! Hugging Face folders, both directions: `config.json` with one safetensors file or several.
+
+use burn::module::{Module, ModuleDisplay, ModuleMapper, ModuleVisitor, Param};
+use burn::nn::{Embedding, EmbeddingConfig, Initializer, Linear, LinearConfig};
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn_peft_core::{Error, TensorFile, hf_path, site_rng, write_tensors};
+use rand::RngExt;
+use rand_distr::StandardNormal;
+use serde::de::DeserializeOwned;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+/// In which precision the weights are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Precision {
+    /// f32, whatever the file has.
+    #[default]
+    F32,
+    /// As in the file.
+    Keep,
+}
+
+/// A model that can be read from a Hugging Face folder.
+pub trait Pretrained: Module + ModuleDisplay + Sync + 'static {
+    /// What `config.json` holds.
+    type Config: DeserializeOwned + Clone + std::fmt::Debug;
+    /// `model_type` in `config.json`.
+    const MODEL_TYPE: &'static str;
+    /// Path of the layer that makes the output.
+    const OUTPUT: &'static str;
+    /// What stands before the names of the bare model inside this one; a checkpoint may leave it out.
+    const PREFIX: &'static str;
+    /// Beginnings of names that are drawn at random where the checkpoint lacks them.
+    const MAY_BE_FRESH: &'static [&'static str];
+    /// Beginnings of names in checkpoints that this model has no use for.
+    const IGNORED: &'static [&'static str];
+
+    /// The model with parameters that are still to be loaded.
+    ///
+    /// # Errors
+    /// A configuration that describes no model.
+    fn init(config: &Self::Config, device: &Device) -> Result<Self, Error>;
+
+    /// Standard deviation of fresh weights.
+    fn initializer_range(config: &Self::Config) -> f64;
+
+    /// Loads the model from a folder to the plain `device`. `edit` changes the configuration
+    /// first, such as the number of classes. Fresh weights depend on `seed`.
+    ///
+    /// # Errors
+    /// Missing or broken files, a configuration of another architecture, and the first tensor that
+    /// is missing or does not fit, with both shapes.
+    fn load(
+        folder: &Path,
+        precision: Precision,
+        seed: u64,
+        device: &Device,
+        edit: impl FnOnce(&mut Self::Config),
+    ) -> Result<Loaded<Self>, Error> {
+        let path = folder.join("config.json");
+        let found = model_type(folder)?;
+        if found != Self::MODEL_TYPE {
+            let reason = format!("model_type: expected {}, found {found}", Self::MODEL_TYPE);
+            return Err(Error::format(path, reason));
+        }
+        let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+        let mut config: Self::Config = serde_json::from_str(&text)
+            .map_err(|e| Error::format(&path, format!("is not a {found} configuration: {e}")))?;
+        edit(&mut config);
+        let model = Self::init(&config, device)?;
+        let mut linears = Linears::default();
+        model.visit(&mut linears);
+        let mut loader = Loader {
+            file: TensorFile::open_shards(shards(folder)?)?,
+            stack: Vec::new(),
+            linears: linears.weights,
+            prefix: Self::PREFIX,
+            fresh_names: Self::MAY_BE_FRESH,
+            std: Self::initializer_range(&config) as f32,
+            precision,
+            seed,
+            device: device.clone(),
+            fresh: Vec::new(),
+            missing: Vec::new(),
+            broken: None,
+        };
+        let model = model.map(&mut loader);
+        if let Some(error) = loader.broken {
+            return Err(error);
+        }
+        if let Some(first) = loader.missing.first() {
+            let count = loader.missing.len();
+            let found = format!("none ({count} tensors of the model are missing in {})", folder.display());
+            return Err(Error::tensor(first, "a tensor of that name", found));
+        }
+        for name in loader.file.names() {
+            if !Self::IGNORED.iter().any(|known| name.contains(known)) {
+                log::warn!("{}: tensor `{name}` is not part of the model", folder.display());
+            }
+        }
+        Ok(Loaded { model, config, fresh: loader.fresh })
+    }
+}
+
+/// A model with what is to be known about where it came from.
+#[derive(Debug)]
+pub struct Loaded<M: Pretrained> {
+    /// The model, on the plain device.
+    pub model: M,
+    /// Its configuration.
+    pub config: M::Config,
+    /// Parameters that the checkpoint lacked and that were drawn at random.
+    pub fresh: Vec<String>,
+}
+
+/// `model_type` of the folder's `config.json`.
+///
+/// # Errors
+/// A missing or malformed file.
+pub fn model_type(folder: &Path) -> Result<String, Error> {
+    let path = folder.join("config.json");
+    let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+    let json: serde_json::Value =
+        serde_json::from_str(&text).map_err(|e| Error::format(&path, format!("is not JSON: {e}")))?;
+    match json.get("model_type").and_then(|name| name.as_str()) {
+        Some(name) => Ok(name.to_owned()),
+        None => Err(Error::format(path, "has no model_type; expected one, such as \"bert\"")),
+    }
+}
+
+/// The safetensors files of a folder: the one, or those that the index names.
+fn shards(folder: &Path) -> Result<Vec<PathBuf>, Error> {
+    let index = folder.join("model.safetensors.index.json");
+    if !index.is_file() {
+        return Ok(vec![folder.join("model.safetensors")]);
+    }
+    let text = std::fs::read_to_string(&index).map_err(|e| Error::io(&index, e))?;
+    let json: serde_json::Value = serde_json::from_str(&text)
+        .map_err(|e| Error::format(&index, format!("is not JSON: {e}")))?;
+    let Some(map) = json.get("weight_map").and_then(|map| map.as_object()) else {
+        return Err(Error::format(index, "has no weight_map; expected tensor names with their files"));
+    };
+    let mut names = BTreeSet::new();
+    for file in map.values() {
+        match file.as_str().map(Path::new) {
+            // A shard lies beside its index, nowhere else.
+            Some(file) if file.components().count() == 1 => names.insert(folder.join(file)),
+            _ => {
+                let reason = format!("weight_map names {file}; expected a file beside the index");
+                return Err(Error::format(index, reason));
+            }
+        };
+    }
+    if let Some(absent) = names.iter().find(|path| !path.is_file()) {
+        let reason = format!("names {}, which is not there", absent.display());
+        return Err(Error::format(index, reason));
+    }
+    Ok(names.into_iter().collect())
+}
+
+/// A linear layer whose numbers are still to come: nothing is drawn for what is loaded anyway.
+pub(crate) fn linear(fan_in: usize, fan_out: usize, bias: bool, device: &Device) -> Linear {
+    let config = LinearConfig::new(fan_in, fan_out).with_bias(bias);
+    config.with_initializer(Initializer::Zeros).init(device)
+}
+
+/// An embedding whose numbers are still to come.
+pub(crate) fn table(rows: usize, dim: usize, device: &Device) -> Embedding {
+    EmbeddingConfig::new(rows, dim).with_initializer(Initializer::Zeros).init(device)
+}
+
+/// Names of the weights of linear layers, which PyTorch stores `[out, in]`.
+#[derive(Default)]
+struct Linears {
+    stack: Vec<(String, bool)>,
+    weights: BTreeSet<String>,
+}
+
+impl ModuleVisitor for Linears {
+    fn enter_module(&mut self, name: &str, container_type: &str) {
+        self.stack.push((name.to_owned(), container_type == "Struct:Linear"));
+    }
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.stack.pop();
+    }
+    fn visit_float<const D: usize>(&mut self, _param: &Param<Tensor<D>>) {
+        if D == 2 && self.stack.last().is_some_and(|(_, linear)| *linear) {
+            let names: Vec<&str> = self.stack.iter().map(|(name, _)| name.as_str()).collect();
+            self.weights.insert(hf_path(&names));
+        }
+    }
+}
+
+struct Loader {
+    file: TensorFile,
+    stack: Vec<String>,
+    linears: BTreeSet<String>,
+    prefix: &'static str,
+    fresh_names: &'static [&'static str],
+    std: f32,
+    precision: Precision,
+    seed: u64,
+    device: Device,
+    fresh: Vec<String>,
+    missing: Vec<String>,
+    broken: Option<Error>,
+}
+
+impl Loader {
+    fn find(&self, name: &str) -> Option<String> {
+        let bare = name.strip_prefix(self.prefix);
+        [Some(name), bare].into_iter().flatten().find(|n| self.file.has(n)).map(str::to_owned)
+    }
+
+    fn read<const D: usize>(
+        &mut self,
+        name: &str,
+        stored: &str,
+        shape: [usize; D],
+    ) -> Result<Tensor<D>, Error> {
+        let transposed = self.linears.contains(name);
+        let mut expected = shape;
+        if transposed {
+            expected.reverse();
+        }
+        if let Some(found) = self.file.shape(stored)
+            && found != expected
+        {
+            let found = format!("shape {found:?}");
+            return Err(Error::tensor(stored, format!("shape {expected:?}"), found));
+        }
+        let mut data = self.file.take_data(stored)?;
+        if self.precision == Precision::F32 && data.dtype() != DType::F32 {
+            data = data.convert::<f32>();
+        }
+        let dtype = data.dtype();
+        let tensor = Tensor::<D>::from_data(data, (&self.device, dtype));
+        Ok(if transposed { tensor.transpose() } else { tensor })
+    }
+
+    fn draw<const D: usize>(&mut self, name: String, shape: [usize; D]) -> Tensor<D> {
+        let mut rng = site_rng(self.seed, &name);
+        let std = if D == 1 { 0.0 } else { self.std };
+        let count = shape.iter().product();
+        let values = (0..count).map(|_| rng.sample::<f32, _>(StandardNormal) * std).collect();
+        self.fresh.push(name);
+        Tensor::from_data(TensorData::new::<f32, _>(values, shape), &self.device)
+    }
+}
+
+impl ModuleMapper for Loader {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.stack.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.stack.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if self.broken.is_some() {
+            return param;
+        }
+        let name = hf_path(&self.stack);
+        let shape = param.lazy_shape().dims::<D>();
+        let tensor = match self.find(&name) {
+            Some(stored) => self.read(&name, &stored, shape),
+            None if self.fresh_names.iter().any(|start| name.starts_with(start)) => {
+                Ok(self.draw(name, shape))
+            }
+            None => {
+                self.missing.push(name);
+                return param;
+            }
+        };
+        match tensor {
+            Ok(tensor) => Param::initialized(param.id, tensor),
+            Err(error) => {
+                self.broken = Some(error);
+                param
+            }
+        }
+    }
+}
+
+struct Saver {
+    stack: Vec<(String, bool)>,
+    tensors: Vec<(String, TensorData)>,
+}
+
+impl ModuleVisitor for Saver {
+    fn enter_module(&mut self, name: &str, container_type: &str) {
+        self.stack.push((name.to_owned(), container_type == "Struct:Linear"));
+    }
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.stack.pop();
+    }
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let linear = D == 2 && self.stack.last().is_some_and(|(_, linear)| *linear);
+        let names: Vec<&str> = self.stack.iter().map(|(name, _)| name.as_str()).collect();
+        let tensor = if linear { param.val().transpose() } else { param.val() };
+        self.tensors.push((hf_path(&names), tensor.into_data()));
+    }
+}
+
+/// Files of a model's folder that say how to use it, beside the weights.
+const COMPANIONS: &[&str] = &[
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "generation_config.json",
+    "chat_template.jinja",
+];
+
+/// Writes a model as a Hugging Face folder: the weights of `model`, and configuration and
+/// tokenizer of the folder that it came from, with `fields` of `config.json` changed.
+///
+/// # Errors
+/// What the operating system says; the weights come last, so that a folder with them is complete.
+pub fn save_model<M: Pretrained>(
+    model: &M,
+    source: &Path,
+    folder: &Path,
+    fields: &[(&str, serde_json::Value)],
+) -> Result<(), Error> {
+    let from = source.join("config.json");
+    let text = std::fs::read_to_string(&from).map_err(|e| Error::io(&from, e))?;
+    let mut config: serde_json::Value =
+        serde_json::from_str(&text).map_err(|e| Error::format(&from, format!("is not JSON: {e}")))?;
+    if let Some(config) = config.as_object_mut() {
+        for (name, value) in fields {
+            config.insert((*name).to_owned(), value.clone());
+        }
+    }
+    let to = folder.join("config.json");
+    let bytes = serde_json::to_vec_pretty(&config)
+        .map_err(|e| Error::format(&to, format!("cannot be written: {e}")))?;
+    burn_peft_core::write_atomic(&to, &bytes)?;
+    for name in COMPANIONS {
+        let from = source.join(name);
+        if from.is_file() {
+            let bytes = std::fs::read(&from).map_err(|e| Error::io(&from, e))?;
+            burn_peft_core::write_atomic(&folder.join(name), &bytes)?;
+        }
+    }
+    let mut saver = Saver { stack: Vec::new(), tensors: Vec::new() };
+    model.visit(&mut saver);
+    let path = folder.join("model.safetensors");
+    write_tensors(&path, saver.tensors.iter().map(|(name, data)| (name.clone(), data)))
+}

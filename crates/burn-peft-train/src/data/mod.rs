@@ -1,0 +1,19 @@
+//! Data: files to examples, examples to tokens, tokens to batches. All of it on the host.
+
+mod batch;
+mod causal;
+mod error;
+mod split;
+mod template;
+mod text;
+mod tokenize;
+
+pub use batch::{ClassBatch, ClassItem, class_batch, in_order, length_grouped, pad, plain};
+pub use causal::{
+    CausalBatch, CausalItem, CausalReport, IGNORED, TextUnit, causal_batch, pack, read_causal,
+};
+pub use error::DataError;
+pub use split::{hold_out, shuffle};
+pub use template::{ChatTemplate, Message};
+pub use text::{Columns, Example, Labels, read_labelled, read_texts};
+pub use tokenize::{Encoded, TextTokenizer};

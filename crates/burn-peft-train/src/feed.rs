@@ -1,0 +1,210 @@
+//! Batches for the learner: the whole run's optimizer steps in one deterministic order.
+
+use crate::data::{in_order, length_grouped, plain};
+use crate::{Options, Step};
+use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
+use burn::data::dataset::DatasetError;
+use burn::tensor::Device;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Makes a batch of items, by their indices.
+pub type Collate<B> = Arc<dyn Fn(&[usize]) -> B + Send + Sync>;
+
+/// All optimizer steps of a run, made when asked for. The order depends on the seed alone.
+pub struct TrainFeed<B> {
+    collate: Collate<B>,
+    lengths: Arc<Vec<usize>>,
+    batch_size: usize,
+    accumulation: usize,
+    grouped: bool,
+    seed: u64,
+    steps_per_epoch: usize,
+    range: Range<usize>,
+}
+
+impl<B> Clone for TrainFeed<B> {
+    fn clone(&self) -> Self {
+        Self { collate: self.collate.clone(), lengths: self.lengths.clone(), range: self.range.clone(), ..*self }
+    }
+}
+
+impl<B> TrainFeed<B> {
+    /// Over items of these lengths.
+    pub fn new(lengths: Vec<usize>, collate: Collate<B>, options: &Options) -> Self {
+        let batches = lengths.len().div_ceil(options.per_device_train_batch_size);
+        let steps_per_epoch = batches.div_ceil(options.gradient_accumulation_steps);
+        let steps = steps_per_epoch * options.num_train_epochs;
+        Self {
+            collate,
+            lengths: Arc::new(lengths),
+            batch_size: options.per_device_train_batch_size,
+            accumulation: options.gradient_accumulation_steps,
+            grouped: options.group_by_length,
+            seed: options.seed,
+            steps_per_epoch,
+            range: 0..options.max_steps.map_or(steps, |most| most.min(steps)),
+        }
+    }
+
+    /// Optimizer steps in the whole run.
+    pub fn steps(&self) -> usize {
+        self.range.len()
+    }
+
+    /// Optimizer steps in one epoch.
+    pub fn steps_per_epoch(&self) -> usize {
+        self.steps_per_epoch
+    }
+
+    fn epoch(&self, epoch: usize) -> Vec<Vec<usize>> {
+        let epoch = epoch as u64;
+        match self.grouped {
+            true => length_grouped(&self.lengths, self.batch_size, self.seed, epoch),
+            false => plain(self.lengths.len(), self.batch_size, self.seed, epoch),
+        }
+    }
+}
+
+struct Steps<'f, B> {
+    feed: &'f TrainFeed<B>,
+    next: usize,
+    planned: Option<(usize, Vec<Vec<usize>>)>,
+}
+
+impl<B> Iterator for Steps<'_, B> {
+    type Item = Result<Step<B>, DatasetError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let index = self.next;
+        if index >= self.feed.range.end {
+            return None;
+        }
+        self.next += 1;
+        let epoch = index / self.feed.steps_per_epoch;
+        let within = index % self.feed.steps_per_epoch;
+        if self.planned.as_ref().is_none_or(|(planned, _)| *planned != epoch) {
+            self.planned = Some((epoch, self.feed.epoch(epoch)));
+        }
+        let (_, batches) = self.planned.as_ref()?;
+        let first = within * self.feed.accumulation;
+        let last = (first + self.feed.accumulation).min(batches.len());
+        Some(Ok(Step {
+            index,
+            epoch,
+            ends_epoch: within + 1 == self.feed.steps_per_epoch,
+            batches: batches[first..last].iter().map(|items| (self.feed.collate)(items)).collect(),
+        }))
+    }
+
+    /// Skips without making batches: how a resumed run gets to its place.
+    fn nth(&mut self, n: usize) -> Option<Self::Item> {
+        self.next += n;
+        self.next()
+    }
+}
+
+impl<B> DataLoaderIterator<Step<B>> for Steps<'_, B> {
+    fn progress(&self) -> Progress {
+        Progress::new(self.next, self.feed.range.end, Some("steps".to_owned()))
+    }
+}
+
+impl<B: Send + Sync + 'static> DataLoader<Step<B>> for TrainFeed<B> {
+    fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<Step<B>> + 'a> {
+        Box::new(Steps { feed: self, next: self.range.start, planned: None })
+    }
+
+    fn num_items(&self) -> usize {
+        self.steps()
+    }
+
+    fn to_device(&self, _device: &Device) -> Arc<dyn DataLoader<Step<B>>> {
+        Arc::new(self.clone())
+    }
+
+    fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<Step<B>>> {
+        let first = self.range.start;
+        let end = (first + end).min(self.range.end);
+        Arc::new(Self { range: (first + start).min(end)..end, ..self.clone() })
+    }
+}
+
+/// Batches in a fixed order, shortest items first so that little is padded.
+pub struct EvalFeed<B> {
+    collate: Collate<B>,
+    batches: Arc<Vec<Vec<usize>>>,
+}
+
+impl<B> Clone for EvalFeed<B> {
+    fn clone(&self) -> Self {
+        Self { collate: self.collate.clone(), batches: self.batches.clone() }
+    }
+}
+
+impl<B> EvalFeed<B> {
+    /// Over items of these lengths.
+    pub fn new(lengths: &[usize], batch_size: usize, collate: Collate<B>) -> Self {
+        let mut order: Vec<usize> = (0..lengths.len()).collect();
+        order.sort_by_key(|&item| lengths[item]);
+        let batches = in_order(lengths.len(), batch_size);
+        let batches = batches.into_iter().map(|b| b.into_iter().map(|i| order[i]).collect());
+        Self { collate, batches: Arc::new(batches.collect()) }
+    }
+
+    /// Number of batches.
+    pub fn len(&self) -> usize {
+        self.batches.len()
+    }
+
+    /// Whether there is nothing to evaluate on.
+    pub fn is_empty(&self) -> bool {
+        self.batches.is_empty()
+    }
+
+    /// The batches, each with the indices of its items.
+    pub fn batches(&self) -> impl Iterator<Item = (&[usize], B)> {
+        self.batches.iter().map(|items| (items.as_slice(), (self.collate)(items)))
+    }
+}
+
+struct Evals<'f, B> {
+    feed: &'f EvalFeed<B>,
+    next: usize,
+}
+
+impl<B> Iterator for Evals<'_, B> {
+    type Item = Result<B, DatasetError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let items = self.feed.batches.get(self.next)?;
+        self.next += 1;
+        Some(Ok((self.feed.collate)(items)))
+    }
+}
+
+impl<B> DataLoaderIterator<B> for Evals<'_, B> {
+    fn progress(&self) -> Progress {
+        Progress::new(self.next, self.feed.len(), Some("batches".to_owned()))
+    }
+}
+
+impl<B: Send + Sync + 'static> DataLoader<B> for EvalFeed<B> {
+    fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<B> + 'a> {
+        Box::new(Evals { feed: self, next: 0 })
+    }
+
+    fn num_items(&self) -> usize {
+        self.len()
+    }
+
+    fn to_device(&self, _device: &Device) -> Arc<dyn DataLoader<B>> {
+        Arc::new(self.clone())
+    }
+
+    fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<B>> {
+        let end = end.min(self.len());
+        let batches = Arc::new(self.batches[start.min(end)..end].to_vec());
+        Arc::new(Self { collate: self.collate.clone(), batches })
+    }
+}

@@ -1,0 +1,68 @@
+//! What the models of the zoo are trained for.
+
+use crate::data::{CausalBatch, ClassBatch, IGNORED};
+use crate::{Loss, Objective};
+use burn::tensor::activation::log_softmax;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn_peft_core::Scope;
+use burn_peft_models::{BertForSequenceClassification, LlamaForCausalLM, Tokens};
+
+fn ints(values: Vec<i32>, device: &Device) -> Tensor<1, Int> {
+    let count = values.len();
+    Tensor::from_data(TensorData::new(values, [count]), device)
+}
+
+/// Cross-entropy of `logits [n, classes]` with one right class a row: the sum over rows, and how
+/// many rows have it on top.
+fn cross_entropy(logits: Tensor<2>, targets: Vec<i32>, device: &Device) -> Loss {
+    let [rows, _] = logits.dims();
+    let targets = ints(targets, device);
+    let best = logits.clone().without_autodiff().argmax(1).reshape([rows]);
+    let correct = best.equal(targets.clone()).int().sum();
+    let right = log_softmax(logits, 1).gather(1, targets.reshape([rows, 1])); // [n, 1]
+    Loss { sum: -right.sum(), correct }
+}
+
+fn count(tokens: &Tokens) -> (usize, usize) {
+    (tokens.mask.iter().filter(|kept| **kept != 0).count(), tokens.ids.len())
+}
+
+impl Objective for BertForSequenceClassification {
+    type Batch = ClassBatch;
+
+    fn loss(&self, batch: &ClassBatch, device: &Device, cx: &Scope<'_>) -> Loss {
+        cross_entropy(self.forward(&batch.tokens, cx), batch.labels.clone(), device)
+    }
+
+    fn targets(batch: &ClassBatch) -> usize {
+        batch.labels.len()
+    }
+
+    fn tokens(batch: &ClassBatch) -> (usize, usize) {
+        count(&batch.tokens)
+    }
+}
+
+impl Objective for LlamaForCausalLM {
+    type Batch = CausalBatch;
+
+    /// The output layer is run on positions with a target only.
+    fn loss(&self, batch: &CausalBatch, device: &Device, cx: &Scope<'_>) -> Loss {
+        let hidden = self.hidden(&batch.tokens, cx, None); // [b, s, h]
+        let [rows, seq, width] = hidden.dims();
+        let learnt = batch.targets.iter().enumerate().filter(|(_, target)| **target != IGNORED);
+        let (at, targets): (Vec<i32>, Vec<i32>) = learnt.map(|(i, t)| (i as i32, *t)).unzip();
+        let picked = hidden.reshape([rows * seq, width]).select(0, ints(at, device)); // [n, h]
+        let logits = self.logits(picked.unsqueeze_dim(0), cx); // [1, n, vocab]
+        let [_, n, vocab] = logits.dims();
+        cross_entropy(logits.reshape([n, vocab]), targets, device)
+    }
+
+    fn targets(batch: &CausalBatch) -> usize {
+        batch.targets.iter().filter(|target| **target != IGNORED).count()
+    }
+
+    fn tokens(batch: &CausalBatch) -> (usize, usize) {
+        count(&batch.tokens)
+    }
+}

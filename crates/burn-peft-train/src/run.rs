@@ -1,0 +1,385 @@
+//! A training run on burn-train's learner: steps, evaluations, checkpoints, and how it ends.
+
+use crate::checkpoint::{Actions, Checkpoint, State};
+use crate::optim::{Warmup, adamw};
+use crate::silent::Silent;
+use crate::{
+    BestBy, EvalFeed, Event, Objective, Observer, Options, Report, StepSettings, TrainError,
+    TrainFeed, Tuned,
+};
+use burn::module::{Module, ModuleDisplay};
+use burn::optim::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
+use burn::tensor::Device;
+use burn::train::checkpoint::{CheckpointingAction, FileCheckpointer};
+use burn::train::logger::InMemoryMetricLogger;
+use burn::train::{
+    InferenceStep, Learner, SupervisedLearningStrategy, SupervisedTraining,
+    SupervisedTrainingEventProcessor, TrainLoader, TrainingComponents, TrainingStrategy,
+    ValidLoader,
+};
+use burn_peft_core::{Adapter, Adapters};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+/// A run that is set up: data, options, and where its files go.
+pub struct Run<B: Objective> {
+    /// The frozen base, on the plain device `device`.
+    pub base: Arc<B>,
+    /// The plain device; adapters live on its autodiff twin.
+    pub device: Device,
+    /// Training data.
+    pub train: TrainFeed<B::Batch>,
+    /// Validation data; may be empty, then the last step is the best.
+    pub valid: EvalFeed<B::Batch>,
+    /// How to train.
+    pub options: Options,
+    /// Parameter names that LoRA+ makes faster.
+    pub faster: &'static [&'static str],
+    /// Folder for checkpoints; without one there are none.
+    pub folder: Option<PathBuf>,
+    /// What the run is, in words that must be equal for a checkpoint to be continued.
+    pub fingerprint: String,
+    /// Continue from the folder's checkpoint.
+    pub resume: bool,
+    /// Set it to stop after the step at hand, with a checkpoint.
+    pub stop: Arc<AtomicBool>,
+}
+
+/// What a run ends with.
+#[derive(Debug)]
+pub struct Fitted<A: Module + ModuleDisplay> {
+    /// The best adapters by the validation data; the last ones where there is none.
+    pub adapters: Adapters<A>,
+    /// Optimizer steps made, with those before a resume.
+    pub steps: usize,
+    /// Seconds spent training and evaluating, with those before a resume.
+    pub seconds: f64,
+    /// Step of the best evaluation.
+    pub best: Option<usize>,
+    /// Whether it was stopped from outside; a checkpoint was written then.
+    pub interrupted: bool,
+    /// All tokens of the training steps made now, real and padded.
+    pub tokens: (usize, usize),
+}
+
+impl<B: Objective> Run<B> {
+    /// Trains `adapters` and returns the best.
+    ///
+    /// # Errors
+    /// Options that cannot work, a loss that is no number, a checkpoint that cannot be read or
+    /// written, or one of another run.
+    pub fn fit<A, O>(self, adapters: Adapters<A>, observer: O) -> Result<Fitted<A>, TrainError>
+    where
+        A: Module + ModuleDisplay + Adapter + Sync + 'static,
+        O: Observer + 'static,
+    {
+        self.options.check()?;
+        let checkpoint = self.folder.as_deref().map(Checkpoint::of);
+        let state = self.starting_state(checkpoint.as_ref())?;
+        let settings = StepSettings {
+            device: self.device.clone(),
+            max_grad_norm: self.options.max_grad_norm,
+            seed: self.options.seed,
+        };
+        let model = Tuned::new(self.base.clone(), adapters, settings);
+        let optimizer = adamw(&model, &self.options, self.faster);
+        let schedule = Warmup::new(&self.options, self.train.steps());
+        let scheduler = ModuleLrScheduler::new(schedule);
+        let learner = Learner::new(model, optimizer, scheduler);
+
+        let actions = Actions::default();
+        let shared = Arc::new(Mutex::new(Shared {
+            outcome: None,
+            observer: Box::new(observer) as Box<dyn Observer>,
+        }));
+        let resumed = state.step;
+        let strategy = Loop {
+            options: self.options,
+            steps: (self.train.steps(), self.train.steps_per_epoch()),
+            start: state,
+            checkpoint: checkpoint.clone(),
+            actions: actions.clone(),
+            stop: self.stop,
+            shared: shared.clone(),
+        };
+        let folder = self.folder.unwrap_or_default();
+        let mut training =
+            SupervisedTraining::new(&folder, Arc::new(self.train), Arc::new(self.valid))
+                .with_application_logger(None)
+                .with_metric_logger(InMemoryMetricLogger::default())
+                .renderer(Box::new(Silent))
+                .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)))
+                .with_checkpointing_strategy(actions);
+        if checkpoint.is_some() {
+            let folder = folder.join(crate::CHECKPOINT_FOLDER);
+            training = training.with_custom_checkpointers(
+                FileCheckpointer::new(&folder, "model"),
+                FileCheckpointer::new(&folder, "optim"),
+                FileCheckpointer::new(&folder, "scheduler"),
+            );
+        }
+        if resumed > 0 {
+            training = training.checkpoint(resumed);
+        }
+        let result = training.launch(learner);
+        let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.observer.end();
+        let (state, tokens, interrupted) = match shared.outcome.take() {
+            Some(Ok(outcome)) => outcome,
+            Some(Err(error)) => return Err(error),
+            None => return Err(TrainError::option("train", "the run ended without a result")),
+        };
+        Ok(Fitted {
+            adapters: result.model.adapters,
+            steps: state.step,
+            seconds: state.seconds,
+            best: state.best.map(|(step, _)| step),
+            interrupted,
+            tokens,
+        })
+    }
+
+    fn starting_state(&self, checkpoint: Option<&Checkpoint>) -> Result<State, TrainError> {
+        let fresh = State { fingerprint: self.fingerprint.clone(), ..State::default() };
+        let (true, Some(checkpoint), Some(folder)) = (self.resume, checkpoint, &self.folder) else {
+            return Ok(fresh);
+        };
+        let Some(state) = checkpoint.state()? else {
+            let reason = "holds no checkpoint to resume from; start without --resume";
+            return Err(TrainError::checkpoint(folder, reason));
+        };
+        if state.fingerprint != self.fingerprint {
+            let reason = format!(
+                "its checkpoint was made with other options or data; expected {}, found {}",
+                self.fingerprint, state.fingerprint
+            );
+            return Err(TrainError::checkpoint(folder, reason));
+        }
+        Ok(state)
+    }
+}
+
+type Outcome = Result<(State, (usize, usize), bool), TrainError>;
+
+struct Shared {
+    outcome: Option<Outcome>,
+    observer: Box<dyn Observer>,
+}
+
+struct Loop {
+    options: Options,
+    /// In the run, and in an epoch.
+    steps: (usize, usize),
+    start: State,
+    checkpoint: Option<Checkpoint>,
+    actions: Actions,
+    stop: Arc<AtomicBool>,
+    shared: Arc<Mutex<Shared>>,
+}
+
+/// What the loop carries from step to step.
+struct Progress<M> {
+    state: State,
+    best: Option<M>,
+    window: Report,
+    window_began: Instant,
+    began: Instant,
+    tokens: (usize, usize),
+}
+
+impl<B, A> SupervisedLearningStrategy<Tuned<B, A>> for Loop
+where
+    B: Objective,
+    A: Module + ModuleDisplay + Adapter + Sync + 'static,
+{
+    fn fit(
+        &self,
+        mut parts: TrainingComponents<Tuned<B, A>>,
+        mut learner: Learner<Tuned<B, A>>,
+        train: TrainLoader<Tuned<B, A>>,
+        valid: ValidLoader<Tuned<B, A>>,
+        _starting_epoch: usize,
+    ) -> (Tuned<B, A>, SupervisedTrainingEventProcessor<Tuned<B, A>>) {
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let Shared { outcome, observer } = &mut *shared;
+        let mut progress = Progress {
+            state: self.start.clone(),
+            best: None,
+            window: Report::default(),
+            window_began: Instant::now(),
+            began: Instant::now(),
+            tokens: (0, 0),
+        };
+        let ended =
+            self.train(&mut parts, &mut learner, &train, &valid, &mut progress, observer.as_mut());
+        progress.state.seconds += progress.began.elapsed().as_secs_f64();
+        *outcome = Some(ended.map(|interrupted| (progress.state, progress.tokens, interrupted)));
+        let model = progress.best.unwrap_or_else(|| learner.model());
+        (model, parts.event_processor)
+    }
+}
+
+impl Loop {
+    fn train<B, A>(
+        &self,
+        parts: &mut TrainingComponents<Tuned<B, A>>,
+        learner: &mut Learner<Tuned<B, A>>,
+        train: &TrainLoader<Tuned<B, A>>,
+        valid: &ValidLoader<Tuned<B, A>>,
+        at: &mut Progress<Tuned<B, A>>,
+        observer: &mut dyn Observer,
+    ) -> Result<bool, TrainError>
+    where
+        B: Objective,
+        A: Module + ModuleDisplay + Adapter + Sync + 'static,
+    {
+        let (total, per_epoch) = self.steps;
+        observer.start(at.state.step, total);
+        if let (Some((step, _)), Some(checkpoint)) = (at.state.best, &self.checkpoint) {
+            at.best = Some(checkpoint.load_best(step, learner.model())?);
+        }
+        for step in train.iter().skip(at.state.step) {
+            let Ok(step) = step else { break };
+            let (index, ends_epoch) = (step.index, step.ends_epoch);
+            let output = learner.train_step(step);
+            let report = output.item;
+            learner.lr_step();
+            let rate = learner.lr_current().base();
+            if !report.loss.is_finite() || !report.grad_norm.is_finite() {
+                let loss = if report.loss.is_finite() { report.grad_norm } else { report.loss };
+                return Err(TrainError::NotFinite { step: index + 1, loss, learning_rate: rate });
+            }
+            learner.optimizer_step(output.grads);
+            at.state.step = index + 1;
+            at.window = at.window.and(report);
+            at.tokens.0 += report.tokens;
+            at.tokens.1 += report.padded;
+            observer.step(at.state.step, &report);
+
+            let last = at.state.step == total;
+            let ends = ends_epoch || last;
+            let epoch = at.state.step as f64 / per_epoch as f64;
+            if at.state.step.is_multiple_of(self.options.logging_steps) || ends {
+                observer.event(&train_event(at, epoch, rate));
+                at.window = Report::default();
+                at.window_began = Instant::now();
+            }
+            let due = self.options.eval_steps.map_or(ends, |n| at.state.step.is_multiple_of(n) || last);
+            if due && valid.num_items() > 0 {
+                self.evaluate(learner, valid, at, epoch, observer)?;
+                at.window_began = Instant::now();
+            }
+            let patience = self.options.early_stopping_patience;
+            if due && patience.is_some_and(|patience| at.state.worse >= patience) {
+                observer.event(&Event::EarlyStop { step: at.state.step });
+                return Ok(false);
+            }
+            let stopping = self.stop.load(Ordering::Relaxed) && !last;
+            let save = self.options.save_steps.map_or(ends, |n| at.state.step.is_multiple_of(n));
+            if (save || stopping) && !last {
+                self.save(parts, learner, at)?;
+                observer.event(&Event::Checkpoint { step: at.state.step });
+            }
+            if stopping {
+                parts.interrupter.stop(Some("interrupted"));
+                observer.event(&Event::Interrupted { step: at.state.step });
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn evaluate<B, A>(
+        &self,
+        learner: &Learner<Tuned<B, A>>,
+        valid: &ValidLoader<Tuned<B, A>>,
+        at: &mut Progress<Tuned<B, A>>,
+        epoch: f64,
+        observer: &mut dyn Observer,
+    ) -> Result<(), TrainError>
+    where
+        B: Objective,
+        A: Module + ModuleDisplay + Adapter + Sync + 'static,
+    {
+        let model = learner.model().valid();
+        let batches = valid.iter().flatten();
+        let report = batches
+            .map(|batch| InferenceStep::step(&model, batch))
+            .fold(Report::default(), Report::and);
+        let step = at.state.step;
+        let value = match self.options.metric_for_best_model {
+            BestBy::Loss => -report.loss,
+            BestBy::Accuracy => report.accuracy(),
+        };
+        let before = at.state.best;
+        let best = value.is_finite() && before.is_none_or(|(_, best)| value > best);
+        if best {
+            if let Some(checkpoint) = &self.checkpoint {
+                checkpoint.save_best(step, &learner.model())?;
+                if let Some((old, _)) = before {
+                    checkpoint.forget_best(old);
+                }
+            }
+            at.best = Some(learner.model());
+            at.state.best = Some((step, value));
+            at.state.worse = 0;
+        } else {
+            at.state.worse += 1;
+        }
+        at.state.evaluated = Some(step);
+        let (loss, accuracy) = (report.loss, report.accuracy());
+        observer.event(&Event::Eval { step, epoch, loss, accuracy, best });
+        Ok(())
+    }
+
+    fn save<B, A>(
+        &self,
+        parts: &mut TrainingComponents<Tuned<B, A>>,
+        learner: &Learner<Tuned<B, A>>,
+        at: &Progress<Tuned<B, A>>,
+    ) -> Result<(), TrainError>
+    where
+        B: Objective,
+        A: Module + ModuleDisplay + Adapter + Sync + 'static,
+    {
+        let (Some(files), Some(checkpointer)) = (&self.checkpoint, &mut parts.checkpointer) else {
+            return Ok(());
+        };
+        let step = at.state.step;
+        let before = files.state().ok().flatten().map(|state| state.step);
+        let mut act = |action| {
+            self.actions.next(action);
+            checkpointer.checkpoint(learner, step, &parts.event_store);
+        };
+        act(CheckpointingAction::Save);
+        // Records are written on other threads, which take one order at a time: once a second
+        // order was taken, the first is done. Only then the state may point at the records.
+        act(CheckpointingAction::Delete(usize::MAX));
+        if let Some(error) = parts.interrupter.error() {
+            return Err(TrainError::checkpoint(crate::CHECKPOINT_FOLDER, error.to_string()));
+        }
+        let seconds = at.state.seconds + at.began.elapsed().as_secs_f64();
+        files.write_state(&State { seconds, ..at.state.clone() })?;
+        if let Some(before) = before.filter(|before| *before != step) {
+            act(CheckpointingAction::Delete(before));
+        }
+        Ok(())
+    }
+}
+
+fn train_event<M>(at: &Progress<M>, epoch: f64, learning_rate: f64) -> Event {
+    let seconds = at.window_began.elapsed().as_secs_f64().max(1e-9);
+    let padded = at.window.padded.max(1) as f64;
+    Event::Train {
+        step: at.state.step,
+        epoch,
+        loss: at.window.loss,
+        accuracy: at.window.accuracy(),
+        grad_norm: at.window.grad_norm,
+        learning_rate,
+        tokens_per_second: at.window.tokens as f64 / seconds,
+        padding: 1.0 - at.window.tokens as f64 / padded,
+    }
+}

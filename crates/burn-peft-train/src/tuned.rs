@@ -1,0 +1,179 @@
+//! A frozen base with adapters over it, as burn-train's learner wants a model.
+
+use crate::optim::clip;
+use burn::module::{Module, ModuleDisplay};
+use burn::optim::{GradientsAccumulator, GradientsParams};
+use burn::tensor::{Device, ExecutionError, Int, Tensor};
+use burn::train::{InferenceStep, ItemLazy, TrainOutput, TrainStep};
+use burn_peft_core::{Adapter, Adapters, Scope};
+use std::fmt::Debug;
+use std::sync::Arc;
+
+/// The loss of a batch before it is divided by the number of targets.
+#[derive(Debug)]
+pub struct Loss {
+    /// Sum of the negative log likelihoods of all targets, `[1]`.
+    pub sum: Tensor<1>,
+    /// How many targets were right, `[1]`.
+    pub correct: Tensor<1, Int>,
+}
+
+/// A base model and what it is trained for: a loss out of a batch.
+pub trait Objective: Clone + Debug + Send + Sync + 'static {
+    /// One forward pass worth of data, on the host.
+    type Batch: Clone + Debug + Send + Sync + 'static;
+
+    /// Runs the model with what `cx` lays over it.
+    fn loss(&self, batch: &Self::Batch, device: &Device, cx: &Scope<'_>) -> Loss;
+
+    /// Number of targets in a batch: what the loss is a mean over.
+    fn targets(batch: &Self::Batch) -> usize;
+
+    /// Tokens with and without padding, for the padding's share.
+    fn tokens(batch: &Self::Batch) -> (usize, usize);
+}
+
+/// One optimizer step worth of data: the batches whose gradients are added up.
+#[derive(Debug, Clone)]
+pub struct Step<B> {
+    /// Counted from 0 over the whole run.
+    pub index: usize,
+    /// Counted from 0.
+    pub epoch: usize,
+    /// Whether the epoch ends with it.
+    pub ends_epoch: bool,
+    /// The forward passes.
+    pub batches: Vec<B>,
+}
+
+/// What came out of a step or an evaluation batch.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Report {
+    /// Mean negative log likelihood of a target.
+    pub loss: f64,
+    /// Targets that were right.
+    pub correct: usize,
+    /// Targets.
+    pub targets: usize,
+    /// Tokens that are no padding.
+    pub tokens: usize,
+    /// Tokens with padding.
+    pub padded: usize,
+    /// Norm of all gradients before clipping; 0 in evaluation.
+    pub grad_norm: f64,
+}
+
+impl Report {
+    /// Share of right targets.
+    pub fn accuracy(&self) -> f64 {
+        self.correct as f64 / self.targets.max(1) as f64
+    }
+
+    /// The two together, the loss weighted by targets.
+    pub fn and(self, other: Self) -> Self {
+        let targets = self.targets + other.targets;
+        let sum = self.loss * self.targets as f64 + other.loss * other.targets as f64;
+        Self {
+            loss: sum / targets.max(1) as f64,
+            correct: self.correct + other.correct,
+            targets,
+            tokens: self.tokens + other.tokens,
+            padded: self.padded + other.padded,
+            grad_norm: other.grad_norm,
+        }
+    }
+}
+
+impl ItemLazy for Report {
+    fn sync(self) -> Result<Self, ExecutionError> {
+        Ok(self)
+    }
+}
+
+/// What a step needs to know besides the data.
+#[derive(Debug, Clone)]
+pub struct StepSettings {
+    /// The plain device of the base.
+    pub device: Device,
+    /// Largest norm of all gradients together; 0 for no clipping.
+    pub max_grad_norm: f64,
+    /// Seed of dropout, together with the step's index.
+    pub seed: u64,
+}
+
+/// A frozen base with adapters over it. Its parameters, and so its checkpoint, are the adapters'.
+#[derive(Module, Debug)]
+pub struct Tuned<B: Objective, A: Module + ModuleDisplay> {
+    /// The base model, on the plain device. To Burn it is no part of this module, so that an
+    /// optimizer, a gradient or a checkpoint never meets it.
+    #[module(skip)]
+    pub base: Arc<B>,
+    /// What is trained.
+    pub adapters: Adapters<A>,
+    #[module(skip)]
+    settings: StepSettings,
+}
+
+impl<B: Objective, A: Module + ModuleDisplay + Adapter> Tuned<B, A> {
+    /// Lays `adapters` over `base`.
+    pub fn new(base: Arc<B>, adapters: Adapters<A>, settings: StepSettings) -> Self {
+        Self { base, adapters, settings }
+    }
+
+    /// Loss and accuracy on one batch, without gradients.
+    pub fn evaluate(&self, batch: &B::Batch) -> Report {
+        let loss = self.base.loss(batch, &self.settings.device, &Scope::new(&self.adapters));
+        let targets = B::targets(batch);
+        let (tokens, padded) = B::tokens(batch);
+        Report {
+            loss: f64::from(loss.sum.into_scalar::<f32>()) / targets.max(1) as f64,
+            correct: loss.correct.into_scalar::<i32>().try_into().unwrap_or(0),
+            targets,
+            tokens,
+            padded,
+            grad_norm: 0.0,
+        }
+    }
+}
+
+impl<B: Objective, A: Module + ModuleDisplay + Adapter + Sync + 'static> TrainStep for Tuned<B, A> {
+    type Input = Step<B::Batch>;
+    type Output = Report;
+
+    /// Forward and backward over the step's batches. The loss is the mean over all their targets,
+    /// so that accumulating changes nothing but the memory.
+    fn step(&self, step: Self::Input) -> TrainOutput<Report> {
+        // Dropout depends on the seed and the step alone: a resumed run draws what an
+        // uninterrupted one draws.
+        let stride = (step.index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.settings.device.seed(self.settings.seed.wrapping_add(stride));
+
+        let all: usize = step.batches.iter().map(B::targets).sum();
+        let mut total = Report { targets: all, ..Report::default() };
+        let mut accumulator = GradientsAccumulator::new();
+        for batch in &step.batches {
+            let loss = self.base.loss(batch, &self.settings.device, &Scope::new(&self.adapters));
+            let mean = loss.sum / all.max(1) as f64;
+            total.loss += f64::from(mean.clone().into_scalar::<f32>());
+            total.correct += usize::try_from(loss.correct.into_scalar::<i32>()).unwrap_or(0);
+            let (tokens, padded) = B::tokens(batch);
+            total.tokens += tokens;
+            total.padded += padded;
+            accumulator.accumulate(self, GradientsParams::from_grads(mean.backward(), self));
+        }
+        let (grads, norm) = clip(self, accumulator.grads(), self.settings.max_grad_norm);
+        total.grad_norm = norm;
+        TrainOutput { grads, item: total }
+    }
+}
+
+impl<B: Objective, A: Module + ModuleDisplay + Adapter + Sync + 'static> InferenceStep
+    for Tuned<B, A>
+{
+    type Input = B::Batch;
+    type Output = Report;
+
+    fn step(&self, batch: Self::Input) -> Report {
+        self.evaluate(&batch)
+    }
+}
