@@ -47,6 +47,14 @@ impl<O: Overlay + ?Sized> Overlay for Box<O> {
     }
 }
 
+impl<O: Overlay> Overlay for Vec<O> {
+    fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>) {
+        for overlay in self {
+            overlay.at(path, laid);
+        }
+    }
+}
+
 macro_rules! tuple {
     ($($name:ident),+) => {
         impl<$($name: Overlay),+> Overlay for ($($name,)+) {

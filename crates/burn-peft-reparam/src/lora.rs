@@ -289,8 +289,14 @@ impl Method for Lora {
         ("use_qalora", &[]),
     ];
 
+    const FASTER: &'static [&'static str] = &["lora_b"];
+
     fn targets(&self) -> &Targets {
         &self.targets
+    }
+
+    fn targets_mut(&mut self) -> &mut Targets {
+        &mut self.targets
     }
 
     fn biases(&self) -> Biases {

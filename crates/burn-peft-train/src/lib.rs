@@ -19,4 +19,4 @@ pub use feed::{Collate, EvalFeed, TrainFeed};
 pub use options::{BestBy, Options, Schedule};
 pub use progress::{Console, Event, MetricsFile, Observer};
 pub use run::{Fitted, Run};
-pub use tuned::{Loss, Objective, Report, Step, StepSettings, Tuned};
+pub use tuned::{Loss, Objective, Report, Step, StepSettings, Tuned, measure};

@@ -122,17 +122,27 @@ impl<B: Objective, A: Module + ModuleDisplay + Adapter> Tuned<B, A> {
 
     /// Loss and accuracy on one batch, without gradients.
     pub fn evaluate(&self, batch: &B::Batch) -> Report {
-        let loss = self.base.loss(batch, &self.settings.device, &Scope::new(&self.adapters));
-        let targets = B::targets(batch);
-        let (tokens, padded) = B::tokens(batch);
-        Report {
-            loss: f64::from(loss.sum.into_scalar::<f32>()) / targets.max(1) as f64,
-            correct: loss.correct.into_scalar::<i32>().try_into().unwrap_or(0),
-            targets,
-            tokens,
-            padded,
-            grad_norm: 0.0,
-        }
+        measure(&*self.base, batch, &self.settings.device, &Scope::new(&self.adapters))
+    }
+}
+
+/// Loss and accuracy of a base with what `cx` lays over it, on one batch.
+pub fn measure<B: Objective>(
+    base: &B,
+    batch: &B::Batch,
+    device: &Device,
+    cx: &Scope<'_>,
+) -> Report {
+    let loss = base.loss(batch, device, cx);
+    let targets = B::targets(batch);
+    let (tokens, padded) = B::tokens(batch);
+    Report {
+        loss: f64::from(loss.sum.into_scalar::<f32>()) / targets.max(1) as f64,
+        correct: loss.correct.into_scalar::<i32>().try_into().unwrap_or(0),
+        targets,
+        tokens,
+        padded,
+        grad_norm: 0.0,
     }
 }
 

@@ -1,6 +1,10 @@
 //! The one list of methods. What works on any method is a [`Job`], so that no code names one.
 
-use burn_peft_core::{Error, Method};
+use burn::tensor::Device;
+use burn_peft_core::{
+    AdapterConfig, Adapters, Error, Folded, Folds, Laid, Method, Overlay, Sites, Summary, load, peft_type,
+};
+use std::path::Path;
 
 /// Something to do with a method that is known only at run time.
 pub trait Job {
@@ -44,3 +48,60 @@ macro_rules! methods {
 }
 
 methods![burn_peft_reparam::Lora];
+
+/// Adapters whose method is known at run time only.
+pub trait AnyAdapters: Overlay + Send + Sync {
+    /// `peft_type`.
+    fn name(&self) -> &'static str;
+    /// HF PEFT's task type.
+    fn task_type(&self) -> Option<&str>;
+    /// As something to merge; `None` where the method does not fold into parameters.
+    fn folds(&self) -> Option<Box<dyn Folds + '_>>;
+    /// What is adapted where.
+    fn summary(&self, sites: &Sites) -> Summary;
+}
+
+struct Held<T: Method>(AdapterConfig<T>, Adapters<T::Adapter>);
+
+impl<T: Method> Overlay for Held<T> {
+    fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>) {
+        self.1.at(path, laid);
+    }
+}
+
+impl<T: Method> AnyAdapters for Held<T> {
+    fn name(&self) -> &'static str {
+        T::NAME
+    }
+
+    fn task_type(&self) -> Option<&str> {
+        self.0.task_type.as_deref()
+    }
+
+    fn folds(&self) -> Option<Box<dyn Folds + '_>> {
+        Some(Box::new(Folded::<T>::new(&self.1)?))
+    }
+
+    fn summary(&self, sites: &Sites) -> Summary {
+        Summary::new(sites, &self.1)
+    }
+}
+
+struct LoadJob<'a>(&'a Path, &'a Sites, &'a Device);
+
+impl Job for LoadJob<'_> {
+    type Output = Result<Box<dyn AnyAdapters>, Error>;
+
+    fn run<T: Method>(self) -> Self::Output {
+        let (config, adapters) = load::<T>(self.0, self.1, self.2)?;
+        Ok(Box::new(Held::<T>(config, adapters)))
+    }
+}
+
+/// Reads the adapter in `folder`, whatever its method, for a model with these sites.
+///
+/// # Errors
+/// As [`load`], or a method that is not implemented.
+pub fn load_any(folder: &Path, sites: &Sites, device: &Device) -> Result<Box<dyn AnyAdapters>, Error> {
+    with_method(&peft_type(folder)?, LoadJob(folder, sites, device))?
+}

@@ -1,0 +1,44 @@
+//! The program `burn-peft`.
+
+mod args;
+mod evaluate;
+mod failure;
+mod files;
+mod forward;
+mod inspect;
+mod model;
+mod train;
+
+use args::{Cli, Verb};
+use clap::Parser;
+use failure::Failure;
+use std::process::ExitCode;
+
+fn run(cli: Cli) -> Result<(), Failure> {
+    match cli.verb {
+        Verb::Train(args) => train::run(*args),
+        Verb::Eval(args) => evaluate::eval(&args),
+        Verb::Predict(args) => evaluate::predict(&args),
+        Verb::Generate(args) => forward::generate(&args),
+        Verb::Forward(args) => forward::forward(&args),
+        Verb::Merge(args) => forward::merge(&args),
+        Verb::Inspect(args) => inspect::run(&args.path),
+    }
+}
+
+fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
+        .format_timestamp(None)
+        .format_target(false)
+        .init();
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Interrupted) => ExitCode::from(130),
+        // Whoever read our output has gone; that is no fault.
+        Err(Failure::ClosedPipe) => ExitCode::SUCCESS,
+        Err(Failure::Said(message)) => {
+            log::error!("{message}");
+            ExitCode::FAILURE
+        }
+    }
+}

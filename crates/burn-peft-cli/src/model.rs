@@ -1,0 +1,153 @@
+//! A model of either task with adapters over it.
+
+use crate::args::ModelArgs;
+use crate::failure::Failure;
+use crate::files::{head_rows, read_labels};
+use burn::tensor::Device;
+use burn_peft::core::{Overlay, Sites};
+use burn_peft::models::{
+    BertConfig, BertForSequenceClassification, LlamaForCausalLM, Loaded, Precision, Pretrained,
+    model_type,
+};
+use burn_peft::registry::{AnyAdapters, load_any};
+use std::path::{Path, PathBuf};
+
+/// What a model is trained or asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Task {
+    Classification,
+    CausalLm,
+}
+
+impl Task {
+    /// HF PEFT's name.
+    pub(crate) fn task_type(self) -> &'static str {
+        match self {
+            Self::Classification => "SEQ_CLS",
+            Self::CausalLm => "CAUSAL_LM",
+        }
+    }
+
+    /// What was asked for, checked against what the model is.
+    pub(crate) fn of(folder: &Path, asked: Option<&str>) -> Result<Self, Failure> {
+        let found = model_type(folder)?;
+        let own = match found.as_str() {
+            BertForSequenceClassification::MODEL_TYPE => Self::Classification,
+            LlamaForCausalLM::MODEL_TYPE => Self::CausalLm,
+            other => {
+                let path = folder.join("config.json");
+                return Err(Failure::new(format!(
+                    "{}: model_type: expected bert or llama, found {other}",
+                    path.display()
+                )));
+            }
+        };
+        let asked = match asked {
+            None => own,
+            Some("text-classification" | "sequence-classification" | "SEQ_CLS") => Self::Classification,
+            Some("causal-lm" | "text-generation" | "CAUSAL_LM") => Self::CausalLm,
+            Some(other) => {
+                return Err(Failure::new(format!(
+                    "--task: expected text-classification or causal-lm, found {other}"
+                )));
+            }
+        };
+        if asked != own {
+            return Err(Failure::new(format!(
+                "--task {}: {} holds a {found} model, which is for {}",
+                asked.task_type(),
+                folder.display(),
+                own.task_type()
+            )));
+        }
+        Ok(own)
+    }
+}
+
+/// A loaded model with its adapters.
+pub(crate) struct Ready<M> {
+    pub(crate) model: M,
+    pub(crate) sites: Sites,
+    pub(crate) adapters: Vec<Box<dyn AnyAdapters>>,
+    pub(crate) device: Device,
+    /// Parameters drawn at random because nothing held them.
+    pub(crate) fresh: Vec<String>,
+}
+
+impl<M> Ready<M> {
+    pub(crate) fn overlay(&self) -> &dyn Overlay {
+        &self.adapters
+    }
+}
+
+fn ready<M: Pretrained>(
+    args: &ModelArgs,
+    loaded: Loaded<M>,
+    device: Device,
+) -> Result<Ready<M>, Failure> {
+    let sites = Sites::of(&loaded.model, Some(M::OUTPUT));
+    let load = |folder: &PathBuf| load_any(folder, &sites, &device);
+    let adapters = args.adapter.iter().map(load).collect::<Result<Vec<_>, _>>()?;
+    // What an adapter brings along is not missing.
+    let brought = |name: &String| {
+        let place = name.rsplit_once('.').map_or(name.as_str(), |(place, _)| place);
+        adapters.iter().any(|a| {
+            let mut laid = Vec::new();
+            a.at(place, &mut laid);
+            !laid.is_empty()
+        })
+    };
+    let fresh: Vec<String> = loaded.fresh.into_iter().filter(|name| !brought(name)).collect();
+    Ok(Ready { model: loaded.model, sites, adapters, device, fresh })
+}
+
+impl<M: Pretrained> Ready<M> {
+    /// Refuses to answer with weights that nobody trained.
+    pub(crate) fn refuse_fresh(&self, folder: &Path) -> Result<(), Failure> {
+        match self.fresh.first() {
+            None => Ok(()),
+            Some(name) => Err(Failure::new(format!(
+                "{}: has no `{name}`, and no --adapter brings it; train one first, or give its folder",
+                folder.display()
+            ))),
+        }
+    }
+}
+
+/// The names of a model's own classes.
+fn own_labels(config: &BertConfig) -> Vec<String> {
+    let named = config.id2label.clone().unwrap_or_default();
+    let name = |id: usize| named.get(&id.to_string()).cloned().unwrap_or(format!("LABEL_{id}"));
+    (0..config.labels()).map(name).collect()
+}
+
+/// A classifier with the head of its adapters, or of its checkpoint, and the names of its classes.
+pub(crate) fn classifier(
+    args: &ModelArgs,
+) -> Result<(Ready<BertForSequenceClassification>, Vec<String>), Failure> {
+    let device = burn_peft::device::by_name(&args.device)?;
+    let mut labels = None;
+    let mut rows = None;
+    for folder in &args.adapter {
+        labels = labels.or(read_labels(folder)?);
+        rows = rows.or(head_rows(folder, BertForSequenceClassification::OUTPUT)?);
+    }
+    let edit = |config: &mut BertConfig| {
+        if let Some(rows) = rows.filter(|rows| *rows != config.labels()) {
+            config.id2label = None;
+            config.num_labels = Some(rows);
+        }
+    };
+    let loaded =
+        BertForSequenceClassification::load(&args.model, Precision::F32, 0, &device, edit)?;
+    let own = own_labels(&loaded.config);
+    let labels = labels.filter(|names| names.len() == own.len()).unwrap_or(own);
+    Ok((ready(args, loaded, device)?, labels))
+}
+
+/// A causal language model with its adapters.
+pub(crate) fn causal(args: &ModelArgs) -> Result<Ready<LlamaForCausalLM>, Failure> {
+    let device = burn_peft::device::by_name(&args.device)?;
+    let loaded = LlamaForCausalLM::load(&args.model, Precision::F32, 0, &device, |_| ())?;
+    ready(args, loaded, device)
+}

@@ -1,0 +1,525 @@
+//! `burn-peft train`.
+
+use crate::args::TrainArgs;
+use crate::failure::{Failure, print};
+use crate::files::{ADAPTER_FILES, LABELS, claim, peak_memory, write_json};
+use crate::model::Task;
+use burn::tensor::Device;
+use burn_peft::core::{AdapterConfig, Method, Names, OneOrMany, Scope, Sites, Summary, adapt, save};
+use burn_peft::models::{
+    BertConfig, BertForSequenceClassification, LlamaForCausalLM, Loaded, Precision, Pretrained,
+};
+use burn_peft::registry::{Job, with_method};
+use burn_peft::train::checkpoint::{Checkpoint, past_events};
+use burn_peft::train::data::{
+    CausalItem, ClassItem, Columns, Example, Labels, TextTokenizer, TextUnit, causal_batch,
+    class_batch, hold_out, pack, read_causal, read_labelled,
+};
+use burn_peft::train::{
+    Collate, Console, EvalFeed, Event, MetricsFile, Objective, Observer, Options, Report, Run,
+    TrainFeed, measure,
+};
+use serde_json::{Map, Value, json};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Parts of the arguments that say nothing about the numbers a run comes to.
+const NOT_THE_RUN: &[&str] = &["output_dir"];
+
+/// Lays flags over the file of `--config`.
+fn merged(args: TrainArgs) -> Result<(TrainArgs, Map<String, Value>), Failure> {
+    let file = match &args.config {
+        None => TrainArgs::default(),
+        Some(path) => {
+            let said = |e: String| Failure::new(format!("{}: {e}", path.display()));
+            let text = std::fs::read_to_string(path).map_err(|e| said(e.to_string()))?;
+            toml::from_str(&text).map_err(|e| said(e.to_string()))?
+        }
+    };
+    let object = |args: &TrainArgs| match serde_json::to_value(args) {
+        Ok(Value::Object(object)) => object,
+        _ => Map::new(),
+    };
+    let mut fields = object(&file);
+    let empty = |value: &Value| value.is_null() || value.as_array().is_some_and(Vec::is_empty);
+    fields.extend(object(&args).into_iter().filter(|(_, value)| !empty(value)));
+    let (resume, overwrite) = (args.resume, args.overwrite);
+    let all: TrainArgs = serde_json::from_value(Value::Object(fields.clone()))
+        .map_err(|e| Failure::new(format!("options: {e}")))?;
+    fields.retain(|_, value| !empty(value));
+    Ok((TrainArgs { resume, overwrite, ..all }, fields))
+}
+
+/// The fields that a struct has, taken out of all arguments.
+fn part<T: serde::Serialize + serde::de::DeserializeOwned>(
+    whole: &T,
+    fields: &Map<String, Value>,
+    what: &str,
+) -> Result<T, Failure> {
+    let Ok(Value::Object(mut own)) = serde_json::to_value(whole) else {
+        return Err(Failure::new(format!("{what}: cannot be read")));
+    };
+    for (name, value) in &mut own {
+        if let Some(given) = fields.get(name) {
+            *value = given.clone();
+        }
+    }
+    serde_json::from_value(Value::Object(own)).map_err(|e| Failure::new(format!("{what}: {e}")))
+}
+
+fn need<'a>(value: &'a Option<PathBuf>, flag: &str) -> Result<&'a Path, Failure> {
+    value.as_deref().ok_or_else(|| Failure::new(format!("--{flag} is not set; see burn-peft train --help")))
+}
+
+/// Names as a user writes them: a list with commas, "all-linear", or a regular expression.
+fn names(text: &str) -> Names {
+    if text.chars().any(|c| "*+?()[]|^$\\".contains(c)) || text.eq_ignore_ascii_case("all-linear") {
+        Names::Pattern(text.to_owned())
+    } else {
+        text.split(',').map(str::trim).filter(|name| !name.is_empty()).collect()
+    }
+}
+
+/// The method's configuration out of the arguments, in the words of `adapter_config.json`.
+fn method_fields(args: &TrainArgs, all: &Map<String, Value>) -> Result<Map<String, Value>, Failure> {
+    let mut fields = Map::new();
+    for name in ["r", "lora_alpha", "lora_dropout", "bias", "use_rslora"] {
+        if let Some(value) = all.get(name) {
+            fields.insert(name.into(), value.clone());
+        }
+    }
+    if let Some(init) = &args.init_lora_weights {
+        let value = match init.as_str() {
+            "true" => Value::Bool(true),
+            "false" => Value::Bool(false),
+            name => Value::String(name.into()),
+        };
+        fields.insert("init_lora_weights".into(), value);
+    }
+    for option in &args.method_option {
+        let Some((name, value)) = option.split_once('=') else {
+            return Err(Failure::new(format!("--method-option {option}: expected NAME=JSON")));
+        };
+        let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.into()));
+        fields.insert(name.into(), value);
+    }
+    Ok(fields)
+}
+
+struct Setup {
+    args: TrainArgs,
+    fields: Map<String, Value>,
+    options: Options,
+    device: Device,
+    out: PathBuf,
+    model: PathBuf,
+    task: Task,
+}
+
+pub(crate) fn run(args: TrainArgs) -> Result<(), Failure> {
+    let (args, fields) = merged(args)?;
+    let model = need(&args.model, "model")?.to_owned();
+    let out = need(&args.output_dir, "output-dir")?.to_owned();
+    let options = part(&Options::default(), &fields, "training options")?;
+    options.check()?;
+    let task = Task::of(&model, args.task.as_deref())?;
+    let device = burn_peft::device::by_name(args.device.as_deref().unwrap_or("flex"))?;
+    if args.resume && args.overwrite {
+        return Err(Failure::new("--resume continues a run and --overwrite replaces it; give one of them"));
+    }
+    if !args.resume {
+        claim(&out, ADAPTER_FILES, args.overwrite)?;
+        if args.overwrite {
+            Checkpoint::of(&out).remove();
+        }
+    }
+    let setup = Setup { args, fields, options, device, out, model, task };
+    match task {
+        Task::Classification => classification(&setup),
+        Task::CausalLm => causal(&setup),
+    }
+}
+
+/// What a task hands to the part that is the same for all.
+struct Prepared<B: Objective + Pretrained> {
+    loaded: Loaded<B>,
+    train: TrainFeed<B::Batch>,
+    valid: EvalFeed<B::Batch>,
+    test: Option<EvalFeed<B::Batch>>,
+    /// Layers that must be trained whole.
+    saved: Vec<String>,
+    labels: Option<Vec<String>>,
+    examples: usize,
+}
+
+fn class_items(
+    path: &Path,
+    examples: &[Example],
+    labels: &Labels,
+    tokenizer: &TextTokenizer,
+    max_length: usize,
+) -> Result<Arc<Vec<ClassItem>>, Failure> {
+    let ids = examples.iter().map(|e| labels.id(path, e)).collect::<Result<Vec<_>, _>>()?;
+    let texts: Vec<_> = examples.iter().map(|e| (&*e.text, e.text_pair.as_deref())).collect();
+    let encoded = tokenizer.encode(&texts, max_length)?;
+    let item = |(e, label): (burn_peft::train::data::Encoded, i32)| ClassItem {
+        ids: e.ids,
+        type_ids: e.type_ids,
+        label,
+    };
+    Ok(Arc::new(encoded.into_iter().zip(ids).map(item).collect()))
+}
+
+fn classification(setup: &Setup) -> Result<(), Failure> {
+    let args = &setup.args;
+    let path = need(&args.train_file, "train-file")?;
+    let columns = Columns {
+        text: args.text_column.clone().unwrap_or("text".into()),
+        text_pair: args.text_pair_column.clone(),
+        label: args.label_column.clone().unwrap_or("label".into()),
+    };
+    let mut examples = read_labelled(path, &columns)?;
+    let labels = Labels::of(path, &examples)?;
+    let mut valid = match &args.validation_file {
+        Some(file) => read_labelled(file, &columns)?,
+        None => Vec::new(),
+    };
+    if let Some(share) = held_out(args)? {
+        (examples, valid) = hold_out(examples, share, setup.options.seed).ok_or_else(|| {
+            Failure::new(format!("{}: too few examples to hold {share} of them out", path.display()))
+        })?;
+    }
+    let tokenizer = TextTokenizer::load(&setup.model)?;
+    let max_length = args.max_length.unwrap_or(128);
+    let pad = tokenizer.pad;
+    let items = |path: &Path, examples: &[Example]| {
+        class_items(path, examples, &labels, &tokenizer, max_length)
+    };
+    let collate = |items: &Arc<Vec<ClassItem>>| {
+        let items = items.clone();
+        let make = move |picked: &[usize]| class_batch(&items, picked, pad);
+        Arc::new(make) as Collate<_>
+    };
+    let lengths = |items: &[ClassItem]| items.iter().map(|item| item.ids.len()).collect::<Vec<_>>();
+    let size = setup.options.per_device_eval_batch_size;
+    let feed = |items: &Arc<Vec<ClassItem>>| EvalFeed::new(&lengths(items), size, collate(items));
+
+    let train = items(path, &examples)?;
+    let valid = items(args.validation_file.as_deref().unwrap_or(path), &valid)?;
+    let test = match &args.test_file {
+        Some(file) => Some(items(file, &read_labelled(file, &columns)?)?),
+        None => None,
+    };
+    let count = labels.names.len();
+    let edit = |config: &mut BertConfig| {
+        config.id2label = None;
+        config.num_labels = Some(count);
+    };
+    let seed = setup.options.seed;
+    let loaded =
+        BertForSequenceClassification::load(&setup.model, Precision::F32, seed, &setup.device, edit)?;
+    let check = |items: &[ClassItem]| -> Result<(), Failure> {
+        let longest = items.iter().max_by_key(|item| item.ids.len());
+        match longest {
+            Some(item) => {
+                let batch = class_batch(std::slice::from_ref(item), &[0], pad);
+                Ok(loaded.model.check(&batch.tokens)?)
+            }
+            None => Ok(()),
+        }
+    };
+    check(&train)?;
+    // Whatever nobody trained before is trained now, and travels with the adapter.
+    let fresh = |name: &String| name.rsplit_once('.').map(|(place, _)| place.to_owned());
+    let mut saved: Vec<String> = loaded.fresh.iter().filter_map(fresh).collect();
+    saved.push(BertForSequenceClassification::OUTPUT.into());
+    saved.sort();
+    saved.dedup();
+    finish(
+        setup,
+        Prepared {
+            train: TrainFeed::new(lengths(&train), collate(&train), &setup.options),
+            valid: feed(&valid),
+            test: test.as_ref().map(&feed),
+            loaded,
+            saved,
+            labels: Some(labels.names.clone()),
+            examples: train.len(),
+        },
+    )
+}
+
+fn held_out(args: &TrainArgs) -> Result<Option<f64>, Failure> {
+    match args.validation_split {
+        None => Ok(None),
+        Some(_) if args.validation_file.is_some() => {
+            Err(Failure::new("--validation-split and --validation-file: give one of them"))
+        }
+        Some(share) if share > 0.0 && share < 1.0 => Ok(Some(share)),
+        Some(share) => {
+            Err(Failure::new(format!("--validation-split: expected a share between 0 and 1, found {share}")))
+        }
+    }
+}
+
+fn causal(setup: &Setup) -> Result<(), Failure> {
+    let args = &setup.args;
+    let path = need(&args.train_file, "train-file")?;
+    let tokenizer = TextTokenizer::load(&setup.model)?;
+    let max_length = args.max_length.unwrap_or(512);
+    let unit = match args.text_unit.as_deref() {
+        None | Some("paragraph") => TextUnit::Paragraph,
+        Some("line") => TextUnit::Line,
+        Some("file") => TextUnit::File,
+        Some(other) => {
+            return Err(Failure::new(format!("--text-unit: expected line, paragraph or file, found {other}")));
+        }
+    };
+    let loaded =
+        LlamaForCausalLM::load(&setup.model, Precision::F32, setup.options.seed, &setup.device, |_| ())?;
+    if max_length < 2 || max_length > loaded.model.max_positions() {
+        return Err(Failure::new(format!(
+            "--max-length: expected 2 to {}, the model's positions, found {max_length}",
+            loaded.model.max_positions()
+        )));
+    }
+    if tokenizer.vocab() > loaded.model.vocab() {
+        return Err(Failure::new(format!(
+            "{}: the tokenizer knows {} tokens and the model {}; do they belong together?",
+            setup.model.display(),
+            tokenizer.vocab(),
+            loaded.model.vocab()
+        )));
+    }
+    let read = |path: &Path| -> Result<Vec<CausalItem>, Failure> {
+        let (items, report) = read_causal(path, &tokenizer, max_length, unit)?;
+        eprintln!(
+            "{}: {} documents, {} tokens in {} sequences, {} cut, {} left out",
+            path.display(),
+            report.documents,
+            report.tokens,
+            items.len(),
+            report.cut,
+            report.dropped
+        );
+        Ok(items)
+    };
+    let mut train = read(path)?;
+    let mut valid = args.validation_file.as_deref().map(read).transpose()?.unwrap_or_default();
+    if let Some(share) = held_out(args)? {
+        (train, valid) = hold_out(train, share, setup.options.seed).ok_or_else(|| {
+            Failure::new(format!("{}: too few sequences to hold {share} of them out", path.display()))
+        })?;
+    }
+    let test = args.test_file.as_deref().map(read).transpose()?;
+    let packing = args.packing.unwrap_or(false);
+    let pad = tokenizer.pad;
+    let size = setup.options.per_device_eval_batch_size;
+    let examples = train.len();
+    let rows = |items: Vec<CausalItem>| {
+        let rows = match packing {
+            true => pack(&items, max_length),
+            false => (0..items.len()).map(|item| vec![item]).collect(),
+        };
+        let length = |row: &Vec<usize>| row.iter().map(|&i| items[i].ids.len()).sum::<usize>();
+        let lengths: Vec<usize> = rows.iter().map(length).collect();
+        let make = move |picked: &[usize]| {
+            let picked: Vec<&[usize]> = picked.iter().map(|&row| rows[row].as_slice()).collect();
+            causal_batch(&items, &picked, pad)
+        };
+        (lengths, Arc::new(make) as Collate<_>)
+    };
+    let feed = |items: Vec<CausalItem>| {
+        let (lengths, collate) = rows(items);
+        EvalFeed::new(&lengths, size, collate)
+    };
+    let (lengths, collate) = rows(train);
+    finish(
+        setup,
+        Prepared {
+            train: TrainFeed::new(lengths, collate, &setup.options),
+            valid: feed(valid),
+            test: test.map(feed),
+            loaded,
+            saved: Vec::new(),
+            labels: None,
+            examples,
+        },
+    )
+}
+
+fn finish<B: Objective + Pretrained>(setup: &Setup, prepared: Prepared<B>) -> Result<(), Failure> {
+    let name = setup.args.method.as_deref().unwrap_or("lora");
+    with_method(name, TrainJob { setup, prepared })?
+}
+
+struct TrainJob<'a, B: Objective + Pretrained> {
+    setup: &'a Setup,
+    prepared: Prepared<B>,
+}
+
+fn configure<T: Method>(setup: &Setup, saved: &[String]) -> Result<T, Failure> {
+    let args = &setup.args;
+    let fields = method_fields(args, &setup.fields)?;
+    let what = format!("--method {}", T::NAME.to_lowercase());
+    let mut method: T = serde_json::from_value(Value::Object(fields.clone()))
+        .map_err(|e| Failure::new(format!("{what}: {e}")))?;
+    // A field that the method does not have would be lost silently.
+    let known = serde_json::to_value(&method).map_err(|e| Failure::new(format!("{what}: {e}")))?;
+    if let Some(unknown) = fields.keys().find(|field| known.get(field.as_str()).is_none()) {
+        return Err(Failure::new(format!("{what}: has no option `{unknown}`")));
+    }
+    let targets = method.targets_mut();
+    if let Some(text) = &args.target_modules {
+        targets.target_modules = Some(names(text));
+    }
+    if let Some(text) = &args.exclude_modules {
+        targets.exclude_modules = Some(names(text));
+    }
+    if let Some(blocks) = &args.layers_to_transform {
+        targets.layers_to_transform = Some(OneOrMany::Many(blocks.clone()));
+    }
+    let mut whole = args.modules_to_save.clone().or(targets.modules_to_save.clone()).unwrap_or_default();
+    for name in saved {
+        if !whole.iter().any(|known| name == known || name.ends_with(&format!(".{known}"))) {
+            whole.push(name.clone());
+        }
+    }
+    targets.modules_to_save = (!whole.is_empty()).then_some(whole);
+    Ok(method)
+}
+
+/// A short name of everything that shapes a run's numbers: FNV-1a over its arguments and data.
+fn fingerprint(setup: &Setup, examples: usize, steps: usize) -> String {
+    let mut fields = setup.fields.clone();
+    for name in NOT_THE_RUN {
+        fields.remove(*name);
+    }
+    fields.sort_keys();
+    let text = format!("{} {examples} {steps}", Value::Object(fields));
+    let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    format!("{hash:016x}")
+}
+
+/// Keeps the events for the picture.
+#[derive(Clone, Default)]
+struct Kept(Arc<Mutex<Vec<Event>>>);
+
+impl Observer for Kept {
+    fn event(&mut self, event: &Event) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(event.clone());
+    }
+}
+
+fn evaluated<B: Objective>(
+    base: &B,
+    feed: &EvalFeed<B::Batch>,
+    device: &Device,
+    cx: &Scope<'_>,
+) -> Report {
+    feed.batches().map(|(_, batch)| measure(base, &batch, device, cx)).fold(Report::default(), Report::and)
+}
+
+fn scores(report: Report) -> Value {
+    json!({"accuracy": report.accuracy(), "loss": report.loss, "perplexity": report.loss.exp()})
+}
+
+impl<B: Objective + Pretrained> Job for TrainJob<'_, B> {
+    type Output = Result<(), Failure>;
+
+    fn run<T: Method>(self) -> Self::Output {
+        let (setup, prepared) = (self.setup, self.prepared);
+        let (device, out) = (&setup.device, &setup.out);
+        let method: T = configure(setup, &prepared.saved)?;
+        let base = Arc::new(prepared.loaded.model);
+        let sites = Sites::of(&*base, Some(B::OUTPUT));
+        let adapters = adapt(&sites, &method, setup.options.seed, &device.clone().autodiff())?;
+        let summary = Summary::new(&sites, &adapters);
+        eprint!("{summary}");
+        let before = match (&prepared.test, setup.args.resume) {
+            (Some(test), false) => {
+                let report = evaluated(&*base, test, device, &Scope::new(&adapters));
+                eprintln!("before training: test loss {:.4}, accuracy {:.4}", report.loss, report.accuracy());
+                Some(scores(report))
+            }
+            _ => None,
+        };
+
+        let stop = Arc::new(AtomicBool::new(false));
+        let flag = stop.clone();
+        // A second Ctrl-C ends at once, without a checkpoint.
+        let handler = move || {
+            if flag.swap(true, Ordering::Relaxed) {
+                std::process::exit(130);
+            }
+        };
+        if let Err(e) = ctrlc::set_handler(handler) {
+            log::warn!("Ctrl-C will end the run without a checkpoint: {e}");
+        }
+        let metrics = out.join("metrics.jsonl");
+        let from = match setup.args.resume {
+            true => Checkpoint::of(out).state()?.map(|state| state.step),
+            false => None,
+        };
+        let metrics_file = MetricsFile::open(&metrics, from)?;
+        let kept = Kept(Arc::new(Mutex::new(past_events(&metrics))));
+        let run = Run {
+            base: base.clone(),
+            device: device.clone(),
+            fingerprint: fingerprint(setup, prepared.examples, prepared.train.steps()),
+            train: prepared.train,
+            valid: prepared.valid,
+            options: setup.options.clone(),
+            faster: T::FASTER,
+            folder: Some(out.clone()),
+            resume: setup.args.resume,
+            stop,
+        };
+        let fitted = run.fit(adapters, (Console::new(), (metrics_file, kept.clone())))?;
+        let events = kept.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let title = format!("{} on {}", T::NAME, setup.model.display());
+        burn_peft::train::plot::draw(&out.join("training.svg"), &title, &events)?;
+        if fitted.interrupted {
+            return Err(Failure::Interrupted);
+        }
+
+        let after = prepared.test.as_ref().map(|test| {
+            scores(evaluated(&*base, test, device, &Scope::new(&fitted.adapters)))
+        });
+        if let Some(labels) = &prepared.labels {
+            write_json(&out.join(LABELS), labels)?;
+        }
+        let (tokens, padded) = fitted.tokens;
+        let summary_json = json!({
+            "trainable_parameters": summary.trainable,
+            "total_parameters": summary.total,
+            "train_seconds": fitted.seconds,
+            "peak_memory_bytes": peak_memory(),
+            "before": before,
+            "after": after,
+            "steps": fitted.steps,
+            "best_step": fitted.best,
+            "epochs": setup.options.num_train_epochs,
+            "padding": 1.0 - tokens as f64 / padded.max(1) as f64,
+        });
+        write_json(&out.join("summary.json"), &summary_json)?;
+        let mut config = AdapterConfig::new(method);
+        config.task_type = Some(setup.task.task_type().into());
+        config.base_model_name_or_path = Some(setup.model.display().to_string());
+        save(out, &config, &sites, &fitted.adapters)?;
+        // The adapter is whole and in its place: the checkpoint has done its work.
+        Checkpoint::of(out).remove();
+        let mut text = format!("{} steps in {:.1} s", fitted.steps, fitted.seconds);
+        if let Some(after) = &after {
+            text += &format!(
+                "; test accuracy {:.4}, loss {:.4}",
+                after["accuracy"].as_f64().unwrap_or(f64::NAN),
+                after["loss"].as_f64().unwrap_or(f64::NAN)
+            );
+        }
+        print(&format!("{text}\nadapter in {}\n", out.display()))
+    }
+}

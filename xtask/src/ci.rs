@@ -1,0 +1,123 @@
+//! `cargo xtask ci`: what a change must pass. Cheap steps first; no set of features is built twice.
+
+use crate::failure::Failure;
+use crate::steps::{self, Step};
+use crate::test::{self, TestArgs};
+use crate::{exec, places, python, vulkan};
+use std::process::Command;
+
+/// The release of cargo-deny that is installed where there is none.
+const CARGO_DENY: &str = "0.20.2";
+
+/// The tests that run on every backend.
+const LAWS: [&str; 6] = ["test", "--package", "burn-peft", "--test", "laws", "--features"];
+
+const STEPS: &[Step] = &[
+    Step { name: "format", what: "rustfmt has nothing to change", run: format },
+    Step { name: "deny", what: "licences, sources and duplicates of the dependencies", run: deny },
+    Step { name: "lints", what: "clippy has nothing to say", run: lints },
+    Step { name: "docs", what: "the documentation builds without a warning", run: docs },
+    Step { name: "test", what: "all tests on the default backend", run: tests },
+    Step { name: "interop", what: "adapters go to HF PEFT and come from it", run: interop },
+    Step { name: "cuda", what: "the CUDA backend type-checks", run: cuda },
+    Step { name: "ndarray", what: "the laws on ndarray", run: ndarray },
+    Step { name: "wgpu", what: "the laws on wgpu, by Mesa's lavapipe", run: wgpu },
+];
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Steps: format, deny, lints, docs, test, interop, cuda, ndarray, wgpu.
+
+Examples:
+  cargo xtask ci
+  cargo xtask ci --only format,lints
+  cargo xtask ci --skip wgpu,interop")]
+pub(crate) struct CiArgs {
+    /// Steps to run
+    #[arg(long, value_delimiter = ',', value_name = "NAME,...")]
+    only: Vec<String>,
+    /// Steps to leave out
+    #[arg(long, value_delimiter = ',', value_name = "NAME,...")]
+    skip: Vec<String>,
+}
+
+/// Runs the steps that are asked for.
+pub(crate) fn run(args: &CiArgs) -> Result<(), Failure> {
+    steps::run(&steps::select(STEPS, &args.only, &args.skip)?)
+}
+
+fn format() -> Result<(), Failure> {
+    exec::run(&mut exec::cargo(["fmt", "--all", "--check"]))
+}
+
+fn deny() -> Result<(), Failure> {
+    let mut deny = match exec::works(&mut exec::cargo(["deny", "--version"])) {
+        true => exec::cargo(["deny"]),
+        false => installed_deny()?,
+    };
+    exec::run(deny.args(["--all-features", "check", "licenses", "bans", "sources"]))
+}
+
+/// cargo-deny in the user's cache folder.
+fn installed_deny() -> Result<Command, Failure> {
+    let tools = places::cache()?.join("tools");
+    let program = tools.join("bin").join(format!("cargo-deny{}", std::env::consts::EXE_SUFFIX));
+    if !exec::works(Command::new(&program).arg("--version")) {
+        let mut install = exec::cargo(["install", "--locked", "--quiet", "cargo-deny"]);
+        exec::run(install.args(["--version", CARGO_DENY, "--root"]).arg(&tools))?;
+    }
+    let mut deny = Command::new(program);
+    deny.current_dir(places::root());
+    Ok(deny)
+}
+
+fn lints() -> Result<(), Failure> {
+    let lints = ["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"];
+    exec::run(&mut exec::cargo(lints))
+}
+
+fn docs() -> Result<(), Failure> {
+    let mut docs = exec::cargo(["doc", "--workspace", "--no-deps"]);
+    exec::run(docs.env("RUSTDOCFLAGS", "--deny warnings"))
+}
+
+fn tests() -> Result<(), Failure> {
+    test::run(&TestArgs::default())
+}
+
+fn interop() -> Result<(), Failure> {
+    let python = python::with_peft()?;
+    let program = exec::build_program(&[])?;
+    let mut check = Command::new(python);
+    check.arg(places::root().join("interop/check.py")).arg("--binary").arg(program);
+    exec::run(&mut check)
+}
+
+fn cuda() -> Result<(), Failure> {
+    let mut check = exec::cargo(["check", "--package", "burn-peft", "--features", "cuda"]);
+    // As on docs.rs, the build scripts then fetch no compiler.
+    exec::run(check.env("DOCS_RS", "1"))
+}
+
+fn ndarray() -> Result<(), Failure> {
+    exec::run(exec::cargo(LAWS).arg("ndarray"))
+}
+
+fn wgpu() -> Result<(), Failure> {
+    let driver = vulkan::lavapipe()?;
+    let mut laws = exec::cargo(LAWS);
+    laws.arg("wgpu").env("VK_DRIVER_FILES", &driver).env("VK_ICD_FILENAMES", &driver);
+    exec::run(&mut laws)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Args;
+
+    #[test]
+    fn the_help_lists_every_step() {
+        let help = CiArgs::augment_args(clap::Command::new("ci")).render_help().to_string();
+        let names: Vec<_> = STEPS.iter().map(|step| step.name).collect();
+        assert!(help.contains(&format!("Steps: {}.", names.join(", "))), "{help}");
+    }
+}

@@ -1,0 +1,90 @@
+//! Starting other programs.
+
+use crate::failure::Failure;
+use crate::places;
+use serde_json::Value;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+/// Cargo, started in the repository.
+pub(crate) fn cargo<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(args).current_dir(places::root());
+    command
+}
+
+/// Runs a program to its end, its output being ours.
+pub(crate) fn run(command: &mut Command) -> Result<(), Failure> {
+    let status = command.status().map_err(|e| not_started(command, &e))?;
+    if status.success() {
+        return Ok(());
+    }
+    Err(Failure::Program { what: name(command), status })
+}
+
+/// Whether a program can be started and ends well; its output is dropped.
+pub(crate) fn works(command: &mut Command) -> bool {
+    let quiet = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    quiet.status().is_ok_and(|status| status.success())
+}
+
+/// A program's standard output.
+pub(crate) fn output(command: &mut Command) -> Result<Vec<u8>, Failure> {
+    command.stderr(Stdio::inherit());
+    let output = command.output().map_err(|e| not_started(command, &e))?;
+    if output.status.success() {
+        return Ok(output.stdout);
+    }
+    Err(Failure::Program { what: name(command), status: output.status })
+}
+
+/// Builds the program `burn-peft` and says where it lies.
+pub(crate) fn build_program(features: &[&str]) -> Result<PathBuf, Failure> {
+    let format = "--message-format=json-render-diagnostics";
+    let mut command = cargo(["build", "--package", "burn-peft-cli", "--bin", "burn-peft", format]);
+    if !features.is_empty() {
+        command.arg("--features").arg(features.join(","));
+    }
+    let messages = output(&mut command)?;
+    let built = String::from_utf8_lossy(&messages).lines().rev().find_map(executable);
+    built.ok_or_else(|| Failure::new("cargo built burn-peft but did not say where it lies"))
+}
+
+fn executable(line: &str) -> Option<PathBuf> {
+    let message: Value = serde_json::from_str(line).ok()?;
+    let ours = message["target"]["name"] == "burn-peft" && message["target"]["kind"][0] == "bin";
+    message["executable"].as_str().filter(|_| ours).map(PathBuf::from)
+}
+
+fn not_started(command: &Command, error: &std::io::Error) -> Failure {
+    Failure::new(format!("{} cannot be started: {error}", command.get_program().display()))
+}
+
+/// The program and the first of its arguments: enough to know it by.
+fn name(command: &Command) -> String {
+    let program = PathBuf::from(command.get_program());
+    let program = program.file_name().unwrap_or(program.as_os_str()).display().to_string();
+    match command.get_args().next() {
+        Some(first) => format!("{program} {}", first.display()),
+        None => program,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_built_program_is_found_among_cargos_messages() {
+        let line = r#"{"reason":"compiler-artifact","target":{"kind":["bin"],"name":"burn-peft"},"executable":"/t/debug/burn-peft"}"#;
+        assert_eq!(executable(line), Some(PathBuf::from("/t/debug/burn-peft")));
+        assert_eq!(executable(&line.replace("burn-peft\"}", "other\"}")), None);
+        assert_eq!(executable("not json"), None);
+    }
+
+    #[test]
+    fn a_missing_program_is_named() {
+        let error = run(&mut Command::new("no-such-program")).expect_err("cannot start");
+        assert!(error.to_string().starts_with("no-such-program cannot be started"), "{error}");
+    }
+}

@@ -1,0 +1,56 @@
+//! The repository's own commands: `cargo xtask demo`, `test`, `ci` and `bench`.
+
+mod assets;
+mod bench;
+mod ci;
+mod demo;
+mod exec;
+mod failure;
+mod fetch;
+mod places;
+mod python;
+mod reviews;
+mod steps;
+mod summary;
+mod test;
+mod vulkan;
+
+use clap::{Parser, Subcommand};
+
+use std::process::ExitCode;
+
+/// What one does in this repository beside `cargo build`.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Fine-tune a real model on real reviews, from nothing
+    Demo(demo::DemoArgs),
+    /// Run all tests
+    Test(test::TestArgs),
+    /// Run every check that a change must pass
+    Ci(ci::CiArgs),
+    /// Compare the factored step with Burn's own
+    Bench(bench::BenchArgs),
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().verb {
+        Verb::Demo(args) => demo::run(&args),
+        Verb::Test(args) => test::run(&args),
+        Verb::Ci(args) => ci::run(&args),
+        Verb::Bench(args) => bench::run(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("xtask: {failure}");
+            failure.exit_code()
+        }
+    }
+}
