@@ -6,13 +6,17 @@ use std::path::PathBuf;
 
 /// Fine-tune pretrained models with small adapters, in HF PEFT's format.
 #[derive(Debug, Parser)]
-#[command(version, about, after_help = "Examples:
+#[command(
+    version,
+    about,
+    after_help = "Examples:
   burn-peft train --model minilm --train-file train.tsv --output-dir out --target-modules query,value
   burn-peft predict --model minilm --adapter out --text \"a film to remember\"
   burn-peft merge --model minilm --adapter out --output-dir merged
   burn-peft inspect out
 
-Each verb has its own --help.")]
+Each verb has its own --help."
+)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) verb: Verb,
@@ -304,11 +308,13 @@ pub(crate) struct GenerateArgs {
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = "Reads int64 `input_ids` and `attention_mask` [batch, seq] (and `token_type_ids`, if there);
+#[command(
+    after_help = "Reads int64 `input_ids` and `attention_mask` [batch, seq] (and `token_type_ids`, if there);
 writes f32 `logits`: [batch, labels], or [batch, seq, vocab] for causal-lm.
 
 Example:
-  burn-peft forward --model minilm --adapter out --inputs in.safetensors --output out.safetensors")]
+  burn-peft forward --model minilm --adapter out --inputs in.safetensors --output out.safetensors"
+)]
 pub(crate) struct ForwardArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,

@@ -6,8 +6,8 @@ use crate::model::{Task, causal, classifier};
 use burn::tensor::activation::softmax;
 use burn_peft::core::Scope;
 use burn_peft::train::data::{
-    ClassItem, Columns, Example, Labels, TextTokenizer, TextUnit, causal_batch, class_batch, pad,
-    read_causal, read_labelled, read_texts,
+    CausalBatch, ClassBatch, ClassItem, Columns, Encoded, Example, Labels, TextTokenizer, TextUnit,
+    causal_batch, class_batch, pad, read_causal, read_labelled, read_texts,
 };
 use burn_peft::train::{EvalFeed, Objective, Report, measure};
 use serde_json::json;
@@ -52,7 +52,7 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<(), Failure> {
                 .collect();
             let make = move |picked: &[usize]| class_batch(&items, picked, padding);
             let feed = EvalFeed::new(&lengths, size, Arc::new(make));
-            let check = |batch: &_| ready.model.check(&class_tokens(batch).tokens);
+            let check = |batch: &ClassBatch| ready.model.check(&batch.tokens);
             total(&ready.model, &feed, &ready.device, &Scope::new(&ready.overlay()), check)?
         }
         Task::CausalLm => {
@@ -65,7 +65,7 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<(), Failure> {
                 causal_batch(&items, &rows, padding)
             };
             let feed = EvalFeed::new(&lengths, size, Arc::new(make));
-            let check = |batch: &burn_peft::train::data::CausalBatch| ready.model.check(&batch.tokens);
+            let check = |batch: &CausalBatch| ready.model.check(&batch.tokens);
             total(&ready.model, &feed, &ready.device, &Scope::new(&ready.overlay()), check)?
         }
     };
@@ -76,10 +76,6 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<(), Failure> {
         result["perplexity"] = json!(report.loss.exp());
     }
     print(&format!("{result}\n"))
-}
-
-fn class_tokens(batch: &burn_peft::train::data::ClassBatch) -> &burn_peft::train::data::ClassBatch {
-    batch
 }
 
 fn total<B: Objective>(
@@ -101,7 +97,7 @@ fn encode(
     tokenizer: &TextTokenizer,
     examples: &[Example],
     max_length: usize,
-) -> Result<Vec<burn_peft::train::data::Encoded>, Failure> {
+) -> Result<Vec<Encoded>, Failure> {
     let texts: Vec<_> = examples.iter().map(|e| (&*e.text, e.text_pair.as_deref())).collect();
     Ok(tokenizer.encode(&texts, max_length)?)
 }
@@ -109,7 +105,9 @@ fn encode(
 pub(crate) fn predict(args: &PredictArgs) -> Result<(), Failure> {
     let size = size(args.per_device_eval_batch_size)?;
     if Task::of(&args.model.model, args.model.task.as_deref())? != Task::Classification {
-        return Err(Failure::new("predict labels texts; for a causal model use burn-peft generate"));
+        return Err(Failure::new(
+            "predict labels texts; for a causal model use burn-peft generate",
+        ));
     }
     let mut examples = match &args.test_file {
         Some(file) => read_texts(file, &args.columns.columns())?,

@@ -20,9 +20,9 @@ pub(crate) fn read_labels(folder: &Path) -> Result<Option<Vec<String>>, Failure>
     match std::fs::read_to_string(&path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(Failure::new(format!("{}: {e}", path.display()))),
-        Ok(text) => serde_json::from_str(&text)
-            .map(Some)
-            .map_err(|e| Failure::new(format!("{}: expected a list of names: {e}", path.display()))),
+        Ok(text) => serde_json::from_str(&text).map(Some).map_err(|e| {
+            Failure::new(format!("{}: expected a list of names: {e}", path.display()))
+        }),
     }
 }
 

@@ -16,12 +16,22 @@ fn read_tokens(path: &Path) -> Result<Tokens, Failure> {
     let narrow = |name: &str, values: Vec<i64>| -> Result<Vec<i32>, Failure> {
         values
             .into_iter()
-            .map(|v| i32::try_from(v).map_err(|_| Failure::new(format!("{}: `{name}` holds {v}, which is no token", path.display()))))
+            .map(|v| {
+                i32::try_from(v).map_err(|_| {
+                    Failure::new(format!(
+                        "{}: `{name}` holds {v}, which is no token",
+                        path.display()
+                    ))
+                })
+            })
             .collect()
     };
     let (shape, ids) = file.take_ints("input_ids")?;
     let [batch, seq] = shape[..] else {
-        let said = format!("{}: `input_ids`: expected shape [batch, seq], found {shape:?}", path.display());
+        let said = format!(
+            "{}: `input_ids`: expected shape [batch, seq], found {shape:?}",
+            path.display()
+        );
         return Err(Failure::new(said));
     };
     let mut tokens = Tokens { ids: narrow("input_ids", ids)?, batch, seq, ..Tokens::default() };
@@ -31,7 +41,8 @@ fn read_tokens(path: &Path) -> Result<Tokens, Failure> {
         }
         let (found, values) = file.take_ints(name)?;
         if found != shape {
-            let said = format!("{}: `{name}`: expected shape {shape:?}, found {found:?}", path.display());
+            let said =
+                format!("{}: `{name}`: expected shape {shape:?}, found {found:?}", path.display());
             return Err(Failure::new(said));
         }
         Ok(Some(narrow(name, values)?))
@@ -61,7 +72,9 @@ pub(crate) fn forward(args: &ForwardArgs) -> Result<(), Failure> {
 
 pub(crate) fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     if Task::of(&args.model.model, args.model.task.as_deref())? != Task::CausalLm {
-        return Err(Failure::new("generate continues texts; for a classifier use burn-peft predict"));
+        return Err(Failure::new(
+            "generate continues texts; for a classifier use burn-peft predict",
+        ));
     }
     let tokenizer = TextTokenizer::load(&args.model.model)?;
     let (text, special) = match (&tokenizer.template, args.chat) {
@@ -104,7 +117,13 @@ pub(crate) fn generate(args: &GenerateArgs) -> Result<(), Failure> {
         failed = written.err();
         failed.is_none()
     };
-    burn_peft::models::generate(&ready.model, &Scope::new(&ready.overlay()), &prompt, &sampling, each)?;
+    burn_peft::models::generate(
+        &ready.model,
+        &Scope::new(&ready.overlay()),
+        &prompt,
+        &sampling,
+        each,
+    )?;
     match failed {
         Some(failure) => Err(failure),
         None => print("\n"),

@@ -32,7 +32,8 @@ fn files(folder: &Path) -> Result<(PathBuf, Vec<PathBuf>), Failure> {
 
 /// `a.0.b` and `a.1.b` are one line.
 fn starred(name: &str) -> String {
-    let star = |part: &str| if part.parse::<usize>().is_ok() { "*".into() } else { part.to_owned() };
+    let star =
+        |part: &str| if part.parse::<usize>().is_ok() { "*".into() } else { part.to_owned() };
     name.split('.').map(star).collect::<Vec<_>>().join(".")
 }
 

@@ -44,7 +44,9 @@ impl Task {
         };
         let asked = match asked {
             None => own,
-            Some("text-classification" | "sequence-classification" | "SEQ_CLS") => Self::Classification,
+            Some("text-classification" | "sequence-classification" | "SEQ_CLS") => {
+                Self::Classification
+            }
             Some("causal-lm" | "text-generation" | "CAUSAL_LM") => Self::CausalLm,
             Some(other) => {
                 return Err(Failure::new(format!(
@@ -67,7 +69,6 @@ impl Task {
 /// A loaded model with its adapters.
 pub(crate) struct Ready<M> {
     pub(crate) model: M,
-    pub(crate) sites: Sites,
     pub(crate) adapters: Vec<Box<dyn AnyAdapters>>,
     pub(crate) device: Device,
     /// Parameters drawn at random because nothing held them.
@@ -98,7 +99,7 @@ fn ready<M: Pretrained>(
         })
     };
     let fresh: Vec<String> = loaded.fresh.into_iter().filter(|name| !brought(name)).collect();
-    Ok(Ready { model: loaded.model, sites, adapters, device, fresh })
+    Ok(Ready { model: loaded.model, adapters, device, fresh })
 }
 
 impl<M: Pretrained> Ready<M> {

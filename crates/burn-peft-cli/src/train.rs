@@ -5,7 +5,9 @@ use crate::failure::{Failure, print};
 use crate::files::{ADAPTER_FILES, LABELS, claim, peak_memory, write_json};
 use crate::model::Task;
 use burn::tensor::Device;
-use burn_peft::core::{AdapterConfig, Method, Names, OneOrMany, Scope, Sites, Summary, adapt, save};
+use burn_peft::core::{
+    AdapterConfig, Method, Names, OneOrMany, Scope, Sites, Summary, adapt, save,
+};
 use burn_peft::models::{
     BertConfig, BertForSequenceClassification, LlamaForCausalLM, Loaded, Precision, Pretrained,
 };
@@ -69,7 +71,9 @@ fn part<T: serde::Serialize + serde::de::DeserializeOwned>(
 }
 
 fn need<'a>(value: &'a Option<PathBuf>, flag: &str) -> Result<&'a Path, Failure> {
-    value.as_deref().ok_or_else(|| Failure::new(format!("--{flag} is not set; see burn-peft train --help")))
+    value
+        .as_deref()
+        .ok_or_else(|| Failure::new(format!("--{flag} is not set; see burn-peft train --help")))
 }
 
 /// Names as a user writes them: a list with commas, "all-linear", or a regular expression.
@@ -82,7 +86,10 @@ fn names(text: &str) -> Names {
 }
 
 /// The method's configuration out of the arguments, in the words of `adapter_config.json`.
-fn method_fields(args: &TrainArgs, all: &Map<String, Value>) -> Result<Map<String, Value>, Failure> {
+fn method_fields(
+    args: &TrainArgs,
+    all: &Map<String, Value>,
+) -> Result<Map<String, Value>, Failure> {
     let mut fields = Map::new();
     for name in ["r", "lora_alpha", "lora_dropout", "bias", "use_rslora"] {
         if let Some(value) = all.get(name) {
@@ -126,7 +133,9 @@ pub(crate) fn run(args: TrainArgs) -> Result<(), Failure> {
     let task = Task::of(&model, args.task.as_deref())?;
     let device = burn_peft::device::by_name(args.device.as_deref().unwrap_or("flex"))?;
     if args.resume && args.overwrite {
-        return Err(Failure::new("--resume continues a run and --overwrite replaces it; give one of them"));
+        return Err(Failure::new(
+            "--resume continues a run and --overwrite replaces it; give one of them",
+        ));
     }
     if !args.resume {
         claim(&out, ADAPTER_FILES, args.overwrite)?;
@@ -187,7 +196,10 @@ fn classification(setup: &Setup) -> Result<(), Failure> {
     };
     if let Some(share) = held_out(args)? {
         (examples, valid) = hold_out(examples, share, setup.options.seed).ok_or_else(|| {
-            Failure::new(format!("{}: too few examples to hold {share} of them out", path.display()))
+            Failure::new(format!(
+                "{}: too few examples to hold {share} of them out",
+                path.display()
+            ))
         })?;
     }
     let tokenizer = TextTokenizer::load(&setup.model)?;
@@ -217,8 +229,13 @@ fn classification(setup: &Setup) -> Result<(), Failure> {
         config.num_labels = Some(count);
     };
     let seed = setup.options.seed;
-    let loaded =
-        BertForSequenceClassification::load(&setup.model, Precision::F32, seed, &setup.device, edit)?;
+    let loaded = BertForSequenceClassification::load(
+        &setup.model,
+        Precision::F32,
+        seed,
+        &setup.device,
+        edit,
+    )?;
     let check = |items: &[ClassItem]| -> Result<(), Failure> {
         let longest = items.iter().max_by_key(|item| item.ids.len());
         match longest {
@@ -257,9 +274,9 @@ fn held_out(args: &TrainArgs) -> Result<Option<f64>, Failure> {
             Err(Failure::new("--validation-split and --validation-file: give one of them"))
         }
         Some(share) if share > 0.0 && share < 1.0 => Ok(Some(share)),
-        Some(share) => {
-            Err(Failure::new(format!("--validation-split: expected a share between 0 and 1, found {share}")))
-        }
+        Some(share) => Err(Failure::new(format!(
+            "--validation-split: expected a share between 0 and 1, found {share}"
+        ))),
     }
 }
 
@@ -273,11 +290,18 @@ fn causal(setup: &Setup) -> Result<(), Failure> {
         Some("line") => TextUnit::Line,
         Some("file") => TextUnit::File,
         Some(other) => {
-            return Err(Failure::new(format!("--text-unit: expected line, paragraph or file, found {other}")));
+            return Err(Failure::new(format!(
+                "--text-unit: expected line, paragraph or file, found {other}"
+            )));
         }
     };
-    let loaded =
-        LlamaForCausalLM::load(&setup.model, Precision::F32, setup.options.seed, &setup.device, |_| ())?;
+    let loaded = LlamaForCausalLM::load(
+        &setup.model,
+        Precision::F32,
+        setup.options.seed,
+        &setup.device,
+        |_| (),
+    )?;
     if max_length < 2 || max_length > loaded.model.max_positions() {
         return Err(Failure::new(format!(
             "--max-length: expected 2 to {}, the model's positions, found {max_length}",
@@ -309,7 +333,10 @@ fn causal(setup: &Setup) -> Result<(), Failure> {
     let mut valid = args.validation_file.as_deref().map(read).transpose()?.unwrap_or_default();
     if let Some(share) = held_out(args)? {
         (train, valid) = hold_out(train, share, setup.options.seed).ok_or_else(|| {
-            Failure::new(format!("{}: too few sequences to hold {share} of them out", path.display()))
+            Failure::new(format!(
+                "{}: too few sequences to hold {share} of them out",
+                path.display()
+            ))
         })?;
     }
     let test = args.test_file.as_deref().map(read).transpose()?;
@@ -380,7 +407,8 @@ fn configure<T: Method>(setup: &Setup, saved: &[String]) -> Result<T, Failure> {
     if let Some(blocks) = &args.layers_to_transform {
         targets.layers_to_transform = Some(OneOrMany::Many(blocks.clone()));
     }
-    let mut whole = args.modules_to_save.clone().or(targets.modules_to_save.clone()).unwrap_or_default();
+    let mut whole =
+        args.modules_to_save.clone().or(targets.modules_to_save.clone()).unwrap_or_default();
     for name in saved {
         if !whole.iter().any(|known| name == known || name.ends_with(&format!(".{known}"))) {
             whole.push(name.clone());
@@ -420,7 +448,9 @@ fn evaluated<B: Objective>(
     device: &Device,
     cx: &Scope<'_>,
 ) -> Report {
-    feed.batches().map(|(_, batch)| measure(base, &batch, device, cx)).fold(Report::default(), Report::and)
+    feed.batches()
+        .map(|(_, batch)| measure(base, &batch, device, cx))
+        .fold(Report::default(), Report::and)
 }
 
 fn scores(report: Report) -> Value {
@@ -442,7 +472,11 @@ impl<B: Objective + Pretrained> Job for TrainJob<'_, B> {
         let before = match (&prepared.test, setup.args.resume) {
             (Some(test), false) => {
                 let report = evaluated(&*base, test, device, &Scope::new(&adapters));
-                eprintln!("before training: test loss {:.4}, accuracy {:.4}", report.loss, report.accuracy());
+                eprintln!(
+                    "before training: test loss {:.4}, accuracy {:.4}",
+                    report.loss,
+                    report.accuracy()
+                );
                 Some(scores(report))
             }
             _ => None,
@@ -486,9 +520,10 @@ impl<B: Objective + Pretrained> Job for TrainJob<'_, B> {
             return Err(Failure::Interrupted);
         }
 
-        let after = prepared.test.as_ref().map(|test| {
-            scores(evaluated(&*base, test, device, &Scope::new(&fitted.adapters)))
-        });
+        let after = prepared
+            .test
+            .as_ref()
+            .map(|test| scores(evaluated(&*base, test, device, &Scope::new(&fitted.adapters))));
         if let Some(labels) = &prepared.labels {
             write_json(&out.join(LABELS), labels)?;
         }

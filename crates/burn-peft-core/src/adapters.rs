@@ -47,11 +47,7 @@ impl<A: Module + ModuleDisplay> Adapters<A> {
             index.copies.insert(path, copied.len());
             copied.push(copy);
         }
-        Self {
-            layers: adapters,
-            copies: copied,
-            index: Arc::new(index),
-        }
+        Self { layers: adapters, copies: copied, index: Arc::new(index) }
     }
 
     /// The method's adapter at `path`.
@@ -66,18 +62,12 @@ impl<A: Module + ModuleDisplay> Adapters<A> {
 
     /// Adapters with their paths, by path.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &A)> {
-        self.index
-            .layers
-            .iter()
-            .filter_map(|(path, i)| Some((path.as_str(), self.layers.get(*i)?)))
+        self.index.layers.iter().filter_map(|(path, i)| Some((path.as_str(), self.layers.get(*i)?)))
     }
 
     /// Trained copies with their paths, by path.
     pub fn copies(&self) -> impl Iterator<Item = (&str, &TrainedCopy)> {
-        self.index
-            .copies
-            .iter()
-            .filter_map(|(path, i)| Some((path.as_str(), self.copies.get(*i)?)))
+        self.index.copies.iter().filter_map(|(path, i)| Some((path.as_str(), self.copies.get(*i)?)))
     }
 
     /// Paths of all places that change, sorted.
@@ -120,23 +110,16 @@ pub fn adapt<T: Method>(
     device: &Device,
 ) -> Result<Adapters<T::Adapter>, Error> {
     method.check()?;
-    let chosen = method
-        .targets()
-        .select(sites, T::KINDS, Strictness::EachName)?;
+    let chosen = method.targets().select(sites, T::KINDS, Strictness::EachName)?;
     let mut layers = Vec::with_capacity(chosen.len());
     for site in &chosen {
         let mut rng = site_rng(seed, &site.path);
         layers.push((site.path.clone(), method.init(site, &mut rng, device)?));
     }
     let adapted: Vec<&str> = chosen.iter().map(|site| site.path.as_str()).collect();
-    let copies = copies(sites, method, &adapted, Strictness::EachName)?
-        .into_iter()
-        .filter_map(|(path, part)| {
-            Some((
-                path.to_owned(),
-                TrainedCopy::of(sites.get(path)?, part, device)?,
-            ))
-        });
+    let copies = copies(sites, method, &adapted, Strictness::EachName)?.into_iter().filter_map(
+        |(path, part)| Some((path.to_owned(), TrainedCopy::of(sites.get(path)?, part, device)?)),
+    );
     Ok(Adapters::new(layers, copies))
 }
 
@@ -148,10 +131,8 @@ pub(crate) fn copies<'s, T: Method>(
     strictness: Strictness,
 ) -> Result<Vec<(&'s str, Part)>, Error> {
     let saved = method.targets().saved(sites, strictness)?;
-    let mut copies: Vec<(&str, Part)> = saved
-        .iter()
-        .map(|site| (site.path.as_str(), Part::Whole))
-        .collect();
+    let mut copies: Vec<(&str, Part)> =
+        saved.iter().map(|site| (site.path.as_str(), Part::Whole)).collect();
     for site in sites.all.iter().filter(|site| site.bias.is_some()) {
         let wanted = match method.biases() {
             Biases::None => false,
@@ -168,16 +149,10 @@ pub(crate) fn copies<'s, T: Method>(
 impl<A: Module + ModuleDisplay + crate::Adapter> Overlay for Adapters<A> {
     fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>) {
         if let Some(adapter) = self.get(path) {
-            laid.push(Laid {
-                adapter,
-                strength: Strength::Scale(1.0),
-            });
+            laid.push(Laid { adapter, strength: Strength::Scale(1.0) });
         }
         if let Some(copy) = self.copy(path) {
-            laid.push(Laid {
-                adapter: copy,
-                strength: Strength::Scale(1.0),
-            });
+            laid.push(Laid { adapter: copy, strength: Strength::Scale(1.0) });
         }
     }
 }

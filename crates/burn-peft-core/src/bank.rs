@@ -16,9 +16,7 @@ pub struct Bank<A: Module + ModuleDisplay> {
 
 impl<A: Module + ModuleDisplay> Default for Bank<A> {
     fn default() -> Self {
-        Self {
-            adapters: BTreeMap::new(),
-        }
+        Self { adapters: BTreeMap::new() }
     }
 }
 
@@ -73,9 +71,7 @@ impl<A: Module + ModuleDisplay + Adapter> Bank<A> {
     pub fn mix(&self, parts: &[(&str, f64)]) -> Result<Selection<'_, A>, Error> {
         let parts = parts.iter().filter(|(_, weight)| *weight != 0.0);
         let parts = parts.map(|(name, weight)| Ok((self.get(name)?, Share::Scale(*weight))));
-        Ok(Selection {
-            parts: parts.collect::<Result<_, Error>>()?,
-        })
+        Ok(Selection { parts: parts.collect::<Result<_, Error>>()? })
     }
 
     /// One adapter a row of the batch, by name; [`BASE`] for none.
@@ -98,14 +94,9 @@ impl<A: Module + ModuleDisplay + Adapter> Bank<A> {
                 return Ok((adapters, Share::Scale(1.0)));
             }
             let shape = [rows.len()];
-            Ok((
-                adapters,
-                Share::Rows(Tensor::from_data(TensorData::new(rows, shape), &device)),
-            ))
+            Ok((adapters, Share::Rows(Tensor::from_data(TensorData::new(rows, shape), &device))))
         });
-        Ok(Selection {
-            parts: parts.collect::<Result<_, Error>>()?,
-        })
+        Ok(Selection { parts: parts.collect::<Result<_, Error>>()? })
     }
 }
 
@@ -129,16 +120,10 @@ impl<A: Module + ModuleDisplay + Adapter> Overlay for Selection<'_, A> {
                 Share::Rows(rows) => Strength::Rows(rows),
             };
             if let Some(adapter) = adapters.get(path) {
-                laid.push(Laid {
-                    adapter,
-                    strength: strength(),
-                });
+                laid.push(Laid { adapter, strength: strength() });
             }
             if let Some(copy) = adapters.copy(path) {
-                laid.push(Laid {
-                    adapter: copy,
-                    strength: strength(),
-                });
+                laid.push(Laid { adapter: copy, strength: strength() });
             }
         }
     }

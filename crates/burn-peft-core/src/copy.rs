@@ -29,11 +29,7 @@ pub struct TrainedCopy {
 /// A handle on `tensor` as a trainable leaf of `device`.
 pub(crate) fn leaf<const D: usize>(tensor: Tensor<D>, device: &Device) -> Param<Tensor<D>> {
     let plain = tensor.without_autodiff().to_device(&device.clone().inner());
-    let lifted = if device.is_autodiff() {
-        Tensor::from_inner(plain)
-    } else {
-        plain
-    };
+    let lifted = if device.is_autodiff() { Tensor::from_inner(plain) } else { plain };
     Param::from_tensor(lifted.detach())
 }
 
@@ -44,11 +40,7 @@ impl TrainedCopy {
     pub fn of(site: &Site, part: Part, device: &Device) -> Option<Self> {
         let bias = site.bias.clone().map(|bias| leaf(bias, device));
         let copy = match part {
-            Part::Bias => Self {
-                weight: None,
-                scale: None,
-                bias,
-            },
+            Part::Bias => Self { weight: None, scale: None, bias },
             Part::Whole => Self {
                 weight: site.matrix().map(|weight| leaf(weight, device)),
                 scale: match &site.weight {
@@ -78,10 +70,7 @@ impl Adapter for TrainedCopy {
 
     fn linear_whole(&self, layer: &Linear, x: &Tensor<3>) -> Option<Tensor<3>> {
         let weight = self.weight.clone()?;
-        let copy = Linear {
-            weight,
-            bias: self.replace_bias(&layer.bias),
-        };
+        let copy = Linear { weight, bias: self.replace_bias(&layer.bias) };
         Some(copy.forward(x.clone()))
     }
 
@@ -91,9 +80,7 @@ impl Adapter for TrainedCopy {
         ids: &Tensor<2, Int>,
         y: &Tensor<3>,
     ) -> Option<Tensor<3>> {
-        let copy = Embedding {
-            weight: self.weight.clone()?,
-        };
+        let copy = Embedding { weight: self.weight.clone()? };
         Some(copy.forward(ids.clone()) - y.clone())
     }
 
@@ -118,10 +105,7 @@ impl Adapter for TrainedCopy {
     }
 
     fn norm(&self) -> (Option<Tensor<1>>, Option<Tensor<1>>) {
-        (
-            self.scale.as_ref().map(Param::val),
-            self.bias.as_ref().map(Param::val),
-        )
+        (self.scale.as_ref().map(Param::val), self.bias.as_ref().map(Param::val))
     }
 }
 

@@ -73,36 +73,23 @@ pub enum Error {
 }
 
 fn near_names(names: &[String]) -> String {
-    if names.is_empty() {
-        String::new()
-    } else {
-        format!("; near names: {}", names.join(", "))
-    }
+    if names.is_empty() { String::new() } else { format!("; near names: {}", names.join(", ")) }
 }
 
 impl Error {
     /// An I/O error at `path`.
     pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
-        Self::Io {
-            path: path.into(),
-            source,
-        }
+        Self::Io { path: path.into(), source }
     }
 
     /// A malformed file at `path`.
     pub fn format(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
-        Self::Format {
-            path: path.into(),
-            reason: reason.into(),
-        }
+        Self::Format { path: path.into(), reason: reason.into() }
     }
 
     /// A configuration field that cannot work.
     pub fn config(field: impl Into<String>, reason: impl Into<String>) -> Self {
-        Self::Config {
-            field: field.into(),
-            reason: reason.into(),
-        }
+        Self::Config { field: field.into(), reason: reason.into() }
     }
 
     /// A tensor that does not fit.
@@ -111,19 +98,12 @@ impl Error {
         expected: impl Into<String>,
         found: impl Into<String>,
     ) -> Self {
-        Self::Tensor {
-            tensor: tensor.into(),
-            expected: expected.into(),
-            found: found.into(),
-        }
+        Self::Tensor { tensor: tensor.into(), expected: expected.into(), found: found.into() }
     }
 
     /// A place that cannot carry the method.
     pub fn place(path: impl Into<String>, reason: impl Into<String>) -> Self {
-        Self::Place {
-            path: path.into(),
-            reason: reason.into(),
-        }
+        Self::Place { path: path.into(), reason: reason.into() }
     }
 
     /// A name that matches nothing among `candidates`, of which the nearest are listed.
@@ -145,11 +125,6 @@ impl Error {
         }
         scored.sort();
         let near = scored.into_iter().take(5).map(|(_, name)| name).collect();
-        Self::NoMatch {
-            field,
-            name: name.to_owned(),
-            what,
-            near,
-        }
+        Self::NoMatch { field, name: name.to_owned(), what, near }
     }
 }

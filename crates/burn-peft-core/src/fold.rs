@@ -6,7 +6,6 @@ use burn::module::{
 };
 use burn::tensor::Tensor;
 use std::collections::BTreeSet;
-use std::marker::PhantomData;
 
 /// Which parameter of a place.
 fn split(path: &str) -> Option<(&str, &str)> {
@@ -35,34 +34,25 @@ impl<A: Module + ModuleDisplay + Fold + Sync + 'static> Reparameterization for A
             adapter: Option<Tensor<R>>,
             copy: Option<Tensor<R>>,
         ) -> Tensor<R> {
-            [adapter, copy]
-                .into_iter()
-                .flatten()
-                .fold(base, |sum, delta| sum + delta)
+            [adapter, copy].into_iter().flatten().fold(base, |sum, delta| sum + delta)
         }
         let shape = base.dims();
         let folds = (self.adapter.as_ref(), self.copy.as_ref());
         match Value::new(base.clone()) {
             Some(Value::D1(v)) if self.bias => {
-                let deltas = (
-                    folds.0.and_then(|a| a.bias(&v)),
-                    folds.1.and_then(|c| Fold::bias(c, &v)),
-                );
+                let deltas =
+                    (folds.0.and_then(|a| a.bias(&v)), folds.1.and_then(|c| Fold::bias(c, &v)));
                 total(v, deltas.0, deltas.1).reshape(shape)
             }
             Some(Value::D1(v)) => {
-                let deltas = (
-                    folds.0.and_then(|a| a.vector(&v)),
-                    folds.1.and_then(|c| c.vector(&v)),
-                );
+                let deltas =
+                    (folds.0.and_then(|a| a.vector(&v)), folds.1.and_then(|c| c.vector(&v)));
                 total(v, deltas.0, deltas.1).reshape(shape)
             }
             _ => {
                 let w = as_matrix(base);
-                let deltas = (
-                    folds.0.and_then(|a| a.weight(&w)),
-                    folds.1.and_then(|c| c.weight(&w)),
-                );
+                let deltas =
+                    (folds.0.and_then(|a| a.weight(&w)), folds.1.and_then(|c| c.weight(&w)));
                 from_matrix(total(w, deltas.0, deltas.1), shape)
             }
         }
@@ -71,7 +61,6 @@ impl<A: Module + ModuleDisplay + Fold + Sync + 'static> Reparameterization for A
 
 struct Attacher<'a, A: Module + ModuleDisplay> {
     adapters: &'a Adapters<A>,
-    met: BTreeSet<String>,
 }
 
 impl<A: Module + ModuleDisplay + Fold + Sync + 'static> Reparameterizer for Attacher<'_, A> {
@@ -90,7 +79,6 @@ impl<A: Module + ModuleDisplay + Fold + Sync + 'static> Reparameterizer for Atta
         if adapter.is_none() && copy.is_none() {
             return (param, None);
         }
-        self.met.insert(place.to_owned());
         let bias = name == "bias";
         // Only what changes this parameter goes along, so that each factor is met once.
         let touches = match Value::new(param.base()) {
@@ -133,12 +121,10 @@ where
     M: Module,
     A: Module + ModuleDisplay + Fold + Sync + 'static,
 {
-    // The reparameterizer goes in by value; a second pass says what it met.
     let mut probe = Paths::default();
     model.visit(&mut probe);
     check_paths(&probe.places, &adapters.paths())?;
-    let met = BTreeSet::new();
-    Ok(model.apply_reparameterization(Attacher { adapters, met }))
+    Ok(model.apply_reparameterization(Attacher { adapters }))
 }
 
 fn check_paths(places: &BTreeSet<String>, wanted: &[String]) -> Result<(), Error> {
@@ -186,12 +172,7 @@ pub fn merge<M: Module>(model: &M, parts: &[(&dyn Folds, f64)]) -> Result<M, Err
     for (folds, _) in parts {
         check_paths(&probe.places, &folds.paths())?;
     }
-    let mut merger = Merger {
-        parts,
-        stack: Vec::new(),
-        broken: None,
-        _marker: PhantomData,
-    };
+    let mut merger = Merger { parts, stack: Vec::new(), broken: None };
     let merged = model.clone().map(&mut merger);
     match merger.broken {
         None => Ok(merged),
@@ -206,7 +187,6 @@ struct Merger<'a> {
     parts: &'a [(&'a dyn Folds, f64)],
     stack: Vec<String>,
     broken: Option<String>,
-    _marker: PhantomData<()>,
 }
 
 impl Merger<'_> {
@@ -222,9 +202,7 @@ impl Merger<'_> {
             };
             // Half-precision bases are merged in the adapter's precision and rounded once.
             let delta = delta.without_autodiff() * *weight;
-            let start = sum
-                .take()
-                .unwrap_or_else(|| base.clone().cast(delta.dtype()));
+            let start = sum.take().unwrap_or_else(|| base.clone().cast(delta.dtype()));
             sum = Some(start + delta);
         }
         sum.map(|merged| merged.cast(base.dtype()))
@@ -248,12 +226,12 @@ impl ModuleMapper for Merger<'_> {
         let base = param.base().without_autodiff();
         let shape = base.dims();
         let merged: Option<Tensor<D>> = match (Value::new(base.clone()), name) {
-            (Some(Value::D1(v)), "bias") => self
-                .total(&v, |folds, v| folds.fold_bias(place, v))
-                .map(|t| t.reshape(shape)),
-            (Some(Value::D1(v)), "weight") => self
-                .total(&v, |folds, v| folds.fold_vector(place, v))
-                .map(|t| t.reshape(shape)),
+            (Some(Value::D1(v)), "bias") => {
+                self.total(&v, |folds, v| folds.fold_bias(place, v)).map(|t| t.reshape(shape))
+            }
+            (Some(Value::D1(v)), "weight") => {
+                self.total(&v, |folds, v| folds.fold_vector(place, v)).map(|t| t.reshape(shape))
+            }
             (Some(_), "weight") => self
                 .total(&as_matrix(base), |folds, w| folds.fold_weight(place, w))
                 .map(|w| from_matrix(w, shape)),

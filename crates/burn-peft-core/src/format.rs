@@ -44,12 +44,7 @@ const ABOUT_FILE: &[&str] = &[
 impl<T: Method> AdapterConfig<T> {
     /// For a method that was just asked for.
     pub fn new(method: T) -> Self {
-        Self {
-            method,
-            task_type: None,
-            base_model_name_or_path: None,
-            other: Map::new(),
-        }
+        Self { method, task_type: None, base_model_name_or_path: None, other: Map::new() }
     }
 
     /// Reads a folder's `adapter_config.json`.
@@ -60,10 +55,7 @@ impl<T: Method> AdapterConfig<T> {
     pub fn load(folder: &Path) -> Result<Self, Error> {
         let path = folder.join(CONFIG_FILE);
         let fields = read_config(&path)?;
-        let found = fields
-            .get("peft_type")
-            .and_then(Json::as_str)
-            .unwrap_or("none");
+        let found = fields.get("peft_type").and_then(Json::as_str).unwrap_or("none");
         if found != T::NAME {
             let reason = format!("peft_type: expected {}, found {found}", T::NAME);
             return Err(Error::format(path, reason));
@@ -102,12 +94,7 @@ impl<T: Method> AdapterConfig<T> {
                 other.insert(name, value);
             }
         }
-        Ok(Self {
-            method,
-            task_type,
-            base_model_name_or_path: base,
-            other,
-        })
+        Ok(Self { method, task_type, base_model_name_or_path: base, other })
     }
 
     fn to_json(&self, path: &Path) -> Result<Vec<u8>, Error> {
@@ -115,10 +102,7 @@ impl<T: Method> AdapterConfig<T> {
         fields.extend(self.other.clone());
         let text = |value: &Option<String>| value.clone().map_or(Json::Null, Json::String);
         fields.insert("auto_mapping".into(), Json::Null);
-        fields.insert(
-            "base_model_name_or_path".into(),
-            text(&self.base_model_name_or_path),
-        );
+        fields.insert("base_model_name_or_path".into(), text(&self.base_model_name_or_path));
         fields.insert("inference_mode".into(), Json::Bool(true));
         fields.insert("peft_type".into(), Json::String(T::NAME.into()));
         fields.insert("revision".into(), Json::Null);
@@ -143,10 +127,7 @@ fn is_neutral(value: &Json) -> bool {
 fn method_fields<T: Method>(method: &T, path: &Path) -> Result<Map<String, Json>, Error> {
     match serde_json::to_value(method) {
         Ok(Json::Object(fields)) => Ok(fields),
-        Ok(other) => Err(Error::format(
-            path,
-            format!("expected an object, found {other}"),
-        )),
+        Ok(other) => Err(Error::format(path, format!("expected an object, found {other}"))),
         Err(e) => Err(Error::format(path, format!("cannot be written: {e}"))),
     }
 }
@@ -169,10 +150,7 @@ pub fn peft_type(folder: &Path) -> Result<String, Error> {
     let fields = read_config(&path)?;
     match fields.get("peft_type").and_then(Json::as_str) {
         Some(name) => Ok(name.to_owned()),
-        None => Err(Error::format(
-            path,
-            "has no peft_type; expected one, such as \"LORA\"",
-        )),
+        None => Err(Error::format(path, "has no peft_type; expected one, such as \"LORA\"")),
     }
 }
 
@@ -209,10 +187,7 @@ pub fn save<T: Method>(
         }
     }
     let path = folder.join(TENSORS_FILE);
-    write_tensors(
-        &path,
-        tensors.iter().map(|(name, data)| (name.clone(), data)),
-    )?;
+    write_tensors(&path, tensors.iter().map(|(name, data)| (name.clone(), data)))?;
     let path = folder.join(CONFIG_FILE);
     write_atomic(&path, &config.to_json(&path)?)
 }
@@ -242,12 +217,7 @@ fn weight_data(site: &Site, weight: &Param<Tensor<2>>) -> TensorData {
 
 fn site<'s>(sites: &'s Sites, path: &str) -> Result<&'s Site, Error> {
     sites.get(path).ok_or_else(|| {
-        Error::no_match(
-            "adapter",
-            path,
-            "layer",
-            sites.all.iter().map(|s| s.path.as_str()),
-        )
+        Error::no_match("adapter", path, "layer", sites.all.iter().map(|s| s.path.as_str()))
     })
 }
 
@@ -287,10 +257,7 @@ pub fn load<T: Method>(
         return Err(Error::tensor(
             left,
             "no such tensor for this model and configuration",
-            format!(
-                "it in {}; is this the adapter's base model?",
-                path.display()
-            ),
+            format!("it in {}; is this the adapter's base model?", path.display()),
         ));
     }
     Ok((config, Adapters::new(layers, copied)))
@@ -304,11 +271,7 @@ fn restore_copy(
     device: &Device,
 ) -> Result<Option<TrainedCopy>, Error> {
     let path = &site.path;
-    let mut copy = TrainedCopy {
-        weight: None,
-        scale: None,
-        bias: None,
-    };
+    let mut copy = TrainedCopy { weight: None, scale: None, bias: None };
     if part == Part::Whole {
         let name = format!("{PREFIX}.{path}.weight");
         let (fan_in, fan_out) = (site.fan_in(), site.fan_out());
@@ -335,11 +298,7 @@ fn restore_copy(
     }
     if site.bias.is_some() {
         let name = bias_name(path, adapted, part == Part::Whole);
-        copy.bias = Some(Param::from_tensor(file.take(
-            &name,
-            [site.fan_out()],
-            device,
-        )?));
+        copy.bias = Some(Param::from_tensor(file.take(&name, [site.fan_out()], device)?));
     }
     Ok((copy.num_params() > 0).then_some(copy))
 }

@@ -83,27 +83,19 @@ pub struct Scope<'a> {
 
 impl std::fmt::Debug for Scope<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Scope")
-            .field("path", &self.path)
-            .finish_non_exhaustive()
+        f.debug_struct("Scope").field("path", &self.path).finish_non_exhaustive()
     }
 }
 
 impl<'a> Scope<'a> {
     /// At the root of a model with `overlay` over it.
     pub fn new(overlay: &'a dyn Overlay) -> Self {
-        Self {
-            overlay,
-            path: String::new(),
-        }
+        Self { overlay, path: String::new() }
     }
 
     /// The plain model.
     pub fn plain() -> Scope<'static> {
-        Scope {
-            overlay: &(),
-            path: String::new(),
-        }
+        Scope { overlay: &(), path: String::new() }
     }
 
     /// One level down. Names are those of the Hugging Face checkpoint; `name` may hold dots.
@@ -114,10 +106,7 @@ impl<'a> Scope<'a> {
             path.push('.');
         }
         path.push_str(name);
-        Self {
-            overlay: self.overlay,
-            path,
-        }
+        Self { overlay: self.overlay, path }
     }
 
     /// The block `index` of the list `name`, such as `layer.3`.
@@ -149,29 +138,17 @@ impl<'a> Scope<'a> {
         // An adapter that replaces the layer outright spares the frozen matmul, if it counts once
         // and fully.
         let wholes: Vec<Option<Tensor<3>>> = match laid.as_slice() {
-            [
-                Laid {
-                    strength: Strength::Rows(_),
-                    ..
-                },
-            ] => vec![None],
+            [Laid { strength: Strength::Rows(_), .. }] => vec![None],
             _ => laid.iter().map(|l| l.whole(layer, &x)).collect(),
         };
-        let mut replaced = wholes
-            .iter()
-            .enumerate()
-            .filter(|(_, whole)| whole.is_some());
+        let mut replaced = wholes.iter().enumerate().filter(|(_, whole)| whole.is_some());
         let first = match (replaced.next(), replaced.next()) {
             (Some((index, Some(whole))), None) => Some((index, whole.clone())),
             _ => None,
         };
         let skip = first.as_ref().map(|(index, _)| *index);
         let y0 = first.map_or_else(|| layer.forward(x.clone()), |(_, whole)| whole);
-        let others = laid
-            .into_iter()
-            .enumerate()
-            .filter(|(i, _)| Some(*i) != skip)
-            .map(|(_, l)| l);
+        let others = laid.into_iter().enumerate().filter(|(i, _)| Some(*i) != skip).map(|(_, l)| l);
         let y = sum(others, &x, y0, |a, x, y| a.linear(layer, x, y));
         let [_, _, out] = y.dims();
         dims[D - 1] = out;
@@ -181,9 +158,7 @@ impl<'a> Scope<'a> {
     /// An embedding with what lies over it: `[batch, seq]` → `[batch, seq, dim]`.
     pub fn embedding(&self, layer: &Embedding, ids: Tensor<2, Int>) -> Tensor<3> {
         let y0 = layer.forward(ids.clone());
-        sum(self.laid(), &ids, y0, |a, ids, y| {
-            a.embedding(layer, ids, y)
-        })
+        sum(self.laid(), &ids, y0, |a, ids, y| a.embedding(layer, ids, y))
     }
 
     /// A convolution over time with what lies over it.
@@ -225,12 +200,7 @@ impl<'a> Scope<'a> {
         forward: impl Fn(Tensor<D>, (Option<Tensor<1>>, Option<Tensor<1>>)) -> Tensor<D>,
     ) -> Tensor<D> {
         let laid = self.laid();
-        if let [
-            Laid {
-                adapter,
-                strength: Strength::Scale(w),
-            },
-        ] = laid.as_slice()
+        if let [Laid { adapter, strength: Strength::Scale(w) }] = laid.as_slice()
             && *w == 1.0
         {
             return forward(x, adapter.norm());

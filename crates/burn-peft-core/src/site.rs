@@ -63,18 +63,12 @@ pub fn as_matrix<const D: usize>(weight: Tensor<D>) -> Tensor<2> {
         return weight.reshape([dims[0], dims[1]]);
     }
     let out = dims[0];
-    weight
-        .reshape([out, dims[1..].iter().product()])
-        .transpose()
+    weight.reshape([out, dims[1..].iter().product()]).transpose()
 }
 
 /// The inverse of [`as_matrix`]: back to the shape that the parameter has.
 pub fn from_matrix<const D: usize>(matrix: Tensor<2>, shape: [usize; D]) -> Tensor<D> {
-    if D == 2 {
-        matrix.reshape(shape)
-    } else {
-        matrix.transpose().reshape(shape)
-    }
+    if D == 2 { matrix.reshape(shape) } else { matrix.transpose().reshape(shape) }
 }
 
 /// One place of a model that an adapter can be laid over.
@@ -184,12 +178,7 @@ impl Sites {
             let (Some(kind), Some(weight)) = (found.kind, found.weight) else {
                 continue;
             };
-            sites.all.push(Site {
-                path,
-                kind,
-                weight,
-                bias: found.bias,
-            });
+            sites.all.push(Site { path, kind, weight, bias: found.bias });
         }
         sites
     }
@@ -227,8 +216,7 @@ fn kind_of(owner: &str, rank: usize) -> Option<Kind> {
 
 impl ModuleVisitor for Finder {
     fn enter_module(&mut self, name: &str, container_type: &str) {
-        self.stack
-            .push((name.to_owned(), container_type.to_owned()));
+        self.stack.push((name.to_owned(), container_type.to_owned()));
     }
 
     fn exit_module(&mut self, _name: &str, _container_type: &str) {

@@ -36,10 +36,7 @@ impl Summary {
         Self {
             trainable,
             total: sites.parameters + trainable,
-            groups: groups
-                .into_iter()
-                .map(|(name, (n, count))| (name, n, count))
-                .collect(),
+            groups: groups.into_iter().map(|(name, (n, count))| (name, n, count)).collect(),
         }
     }
 
@@ -51,11 +48,7 @@ impl Summary {
 
 fn blocks_as_star(path: &str) -> String {
     let star = |part: &str| {
-        if part.parse::<usize>().is_ok() {
-            "*".into()
-        } else {
-            part.to_owned()
-        }
+        if part.parse::<usize>().is_ok() { "*".into() } else { part.to_owned() }
     };
     path.split('.').map(star).collect::<Vec<_>>().join(".")
 }

@@ -66,12 +66,8 @@ pub struct Targets {
 }
 
 fn compile(field: &'static str, pattern: &str) -> Result<Regex, Error> {
-    Regex::new(pattern).map_err(|e| {
-        Error::config(
-            field,
-            format!("`{pattern}` is not a regular expression: {e}"),
-        )
-    })
+    Regex::new(pattern)
+        .map_err(|e| Error::config(field, format!("`{pattern}` is not a regular expression: {e}")))
 }
 
 fn is_match(regex: &Regex, text: &str) -> bool {
@@ -79,10 +75,7 @@ fn is_match(regex: &Regex, text: &str) -> bool {
 }
 
 fn is_suffix(path: &str, name: &str) -> bool {
-    path == name
-        || path
-            .strip_suffix(name)
-            .is_some_and(|rest| rest.ends_with('.'))
+    path == name || path.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'))
 }
 
 enum Rule {
@@ -118,10 +111,7 @@ pub enum Strictness {
 impl Targets {
     /// Targets by a list of layer names.
     pub fn list<S: Into<String>>(names: impl IntoIterator<Item = S>) -> Self {
-        Self {
-            target_modules: Some(names.into_iter().collect()),
-            ..Self::default()
-        }
+        Self { target_modules: Some(names.into_iter().collect()), ..Self::default() }
     }
 
     /// The places to adapt, in the model's order.
@@ -137,10 +127,7 @@ impl Targets {
     ) -> Result<Vec<&'s Site>, Error> {
         const FIELD: &str = "target_modules";
         let Some(target) = &self.target_modules else {
-            return Err(Error::config(
-                FIELD,
-                "is not set; name layers, or use \"all-linear\"",
-            ));
+            return Err(Error::config(FIELD, "is not set; name layers, or use \"all-linear\""));
         };
         let exclude = match &self.exclude_modules {
             Some(names) => Some(Rule::new("exclude_modules", names)?),
@@ -150,11 +137,7 @@ impl Targets {
         let blocks = self.block_patterns()?;
 
         let all_linear = matches!(target, Names::Pattern(p) if p.eq_ignore_ascii_case(ALL_LINEAR));
-        let rule = if all_linear {
-            None
-        } else {
-            Some(Rule::new(FIELD, target)?)
-        };
+        let rule = if all_linear { None } else { Some(Rule::new(FIELD, target)?) };
         let wanted = |site: &Site| match &rule {
             Some(rule) => rule.matches(&site.path),
             None => site.kind == Kind::Linear && sites.output.as_deref() != Some(&*site.path),
@@ -163,12 +146,7 @@ impl Targets {
 
         if let (Names::List(list), Strictness::EachName) = (target, strictness) {
             for name in list {
-                if !sites
-                    .all
-                    .iter()
-                    .filter(adaptable)
-                    .any(|site| is_suffix(&site.path, name))
-                {
+                if !sites.all.iter().filter(adaptable).any(|site| is_suffix(&site.path, name)) {
                     return Err(self.nothing(name, sites, kinds));
                 }
             }
@@ -178,11 +156,7 @@ impl Targets {
             .iter()
             .filter(adaptable)
             .filter(|site| wanted(site))
-            .filter(|site| {
-                !exclude
-                    .as_ref()
-                    .is_some_and(|rule| rule.matches(&site.path))
-            })
+            .filter(|site| !exclude.as_ref().is_some_and(|rule| rule.matches(&site.path)))
             .filter(|site| !saved.iter().any(|regex| is_match(regex, &site.path)))
             .filter(|site| self.in_blocks(&blocks, &site.path))
             .collect();
@@ -198,17 +172,8 @@ impl Targets {
 
     fn nothing(&self, name: &str, sites: &Sites, kinds: &[Kind]) -> Error {
         let candidates = sites.all.iter().filter(|s| kinds.contains(&s.kind));
-        let what = if kinds == [Kind::Linear] {
-            "linear layer"
-        } else {
-            "adaptable layer"
-        };
-        Error::no_match(
-            "target_modules",
-            name,
-            what,
-            candidates.map(|site| site.path.as_str()),
-        )
+        let what = if kinds == [Kind::Linear] { "linear layer" } else { "adaptable layer" };
+        Error::no_match("target_modules", name, what, candidates.map(|site| site.path.as_str()))
     }
 
     fn saved_patterns(&self) -> Result<Vec<Regex>, Error> {
@@ -220,10 +185,7 @@ impl Targets {
     }
 
     fn block_patterns(&self) -> Result<Vec<Regex>, Error> {
-        let patterns = self
-            .layers_pattern
-            .as_ref()
-            .map_or(&[][..], OneOrMany::as_slice);
+        let patterns = self.layers_pattern.as_ref().map_or(&[][..], OneOrMany::as_slice);
         if patterns.is_empty() {
             return Ok(vec![compile("layers_pattern", r"^.*?\.[^.]*\.(\d+)\.")?]);
         }

@@ -53,10 +53,7 @@ impl TensorFile {
     /// # Errors
     /// As [`TensorFile::open`]; or a tensor that stands in two shards.
     pub fn open_shards(paths: impl IntoIterator<Item = PathBuf>) -> Result<Self, Error> {
-        let mut file = Self {
-            shards: Vec::new(),
-            entries: BTreeMap::new(),
-        };
+        let mut file = Self { shards: Vec::new(), entries: BTreeMap::new() };
         for path in paths {
             let map = map_file(&path)?;
             let shard = file.shards.len();
@@ -106,9 +103,7 @@ impl TensorFile {
 
     /// Type of a tensor's numbers, as safetensors names it.
     pub fn dtype(&self, name: &str) -> Option<String> {
-        self.entries
-            .get(name)
-            .map(|entry| format!("{:?}", entry.dtype))
+        self.entries.get(name).map(|entry| format!("{:?}", entry.dtype))
     }
 
     /// Bytes that all tensors not taken yet occupy.
@@ -173,11 +168,7 @@ impl TensorFile {
                 .map(|b| i64::from(i32::from_le_bytes(std::array::from_fn(|i| b[i]))))
                 .collect(),
             other => {
-                return Err(Error::tensor(
-                    name,
-                    "integers of type I64",
-                    format!("type {other:?}"),
-                ));
+                return Err(Error::tensor(name, "integers of type I64", format!("type {other:?}")));
             }
         };
         Ok((entry.shape, ints))
@@ -217,10 +208,7 @@ pub struct PlaceTensors<'f> {
 impl<'f> PlaceTensors<'f> {
     /// Those whose names begin with `prefix` and a dot.
     pub fn new(file: &'f mut TensorFile, prefix: impl Into<String>) -> Self {
-        Self {
-            file,
-            prefix: prefix.into(),
-        }
+        Self { file, prefix: prefix.into() }
     }
 
     fn name(&self, suffix: &str) -> String {
@@ -290,10 +278,7 @@ pub fn write_tensors<'t>(
 /// # Errors
 /// What the operating system says; the old file, if there was one, is untouched then.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), Error> {
-    let folder = path
-        .parent()
-        .filter(|p| !p.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
     let mut file = tempfile::NamedTempFile::new_in(folder).map_err(|e| Error::io(folder, e))?;
     file.write_all(bytes).map_err(|e| Error::io(path, e))?;
@@ -303,9 +288,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), Error> {
         use std::os::unix::fs::PermissionsExt;
         // Temporary files are private; an adapter is as readable as any file its owner makes.
         let mode = std::fs::Permissions::from_mode(0o644);
-        file.as_file()
-            .set_permissions(mode)
-            .map_err(|e| Error::io(path, e))?;
+        file.as_file().set_permissions(mode).map_err(|e| Error::io(path, e))?;
     }
     file.persist(path).map_err(|e| Error::io(path, e.error))?;
     Ok(())

@@ -73,7 +73,8 @@ pub(crate) fn causal_mask(
         let document = |column: usize| segments.map(|s| s[row * seq + column - past]);
         for i in 0..seq {
             for (j, &kept) in kept.iter().enumerate() {
-                let sees = j <= past + i && kept != 0 && (j < past || document(j) == document(past + i));
+                let sees =
+                    j <= past + i && kept != 0 && (j < past || document(j) == document(past + i));
                 values.push(if sees { 0.0_f32 } else { HIDDEN });
             }
         }

@@ -2,10 +2,9 @@
 // Fields are named as in the checkpoint, where this one is in capitals.
 #![allow(non_snake_case)]
 
-
+use crate::Tokens;
 use crate::attention::{attention, padding_mask, split_heads};
 use crate::load::{Pretrained, linear, table};
-use crate::Tokens;
 use burn::module::Module;
 use burn::nn::{Embedding, LayerNorm, LayerNormConfig, Linear};
 use burn::tensor::activation::{gelu, gelu_approximate, relu};
@@ -59,8 +58,11 @@ impl BertConfig {
     }
 
     fn check(&self) -> Result<(), Error> {
-        if self.num_attention_heads == 0 || !self.hidden_size.is_multiple_of(self.num_attention_heads) {
-            let found = format!("{} does not divide by {}", self.hidden_size, self.num_attention_heads);
+        if self.num_attention_heads == 0
+            || !self.hidden_size.is_multiple_of(self.num_attention_heads)
+        {
+            let found =
+                format!("{} does not divide by {}", self.hidden_size, self.num_attention_heads);
             return Err(Error::config("hidden_size", format!("{found}, the num_attention_heads")));
         }
         Activation::of(&self.hidden_act).map(drop)
@@ -81,7 +83,8 @@ impl Activation {
             "gelu_new" | "gelu_pytorch_tanh" => Ok(Self::GeluTanh),
             "relu" => Ok(Self::Relu),
             other => {
-                let reason = format!("`{other}` is not implemented; expected gelu, gelu_new or relu");
+                let reason =
+                    format!("`{other}` is not implemented; expected gelu, gelu_new or relu");
                 Err(Error::config("hidden_act", reason))
             }
         }
@@ -224,7 +227,9 @@ impl BertModel {
                     },
                     output: BertOutput::init(h, config, device),
                 },
-                intermediate: BertDense { dense: linear(h, config.intermediate_size, true, device) },
+                intermediate: BertDense {
+                    dense: linear(h, config.intermediate_size, true, device),
+                },
                 output: BertOutput::init(config.intermediate_size, config, device),
                 activation: Activation::of(&config.hidden_act)?,
             })

@@ -112,7 +112,8 @@ pub fn generate(
         let logits = model.logits(last, cx).into_data().convert::<f32>();
         let logits = logits.as_slice::<f32>().unwrap_or_default();
         let Some(next) = sampling.choose(logits, &mut rng) else {
-            let reason = "the model's output is not a number; its weights or the adapter are broken";
+            let reason =
+                "the model's output is not a number; its weights or the adapter are broken";
             return Err(Error::place("lm_head", reason));
         };
         if sampling.eos.contains(&next) {

@@ -1,8 +1,8 @@
 //! The Llama family (arXiv 2302.13971), laid out as in `transformers`.
 
+use crate::Tokens;
 use crate::attention::{attention, causal_mask, split_heads};
 use crate::load::{Pretrained, linear, table};
-use crate::Tokens;
 use burn::module::Module;
 use burn::nn::{Embedding, Linear, RmsNorm, RmsNormConfig};
 use burn::tensor::activation::silu;
@@ -88,10 +88,7 @@ impl Rope {
     /// A scaling that is not implemented, or one whose numbers are missing.
     pub fn new(config: &LlamaConfig) -> Result<Self, Error> {
         let scaling = config.rope_parameters.as_ref().or(config.rope_scaling.as_ref());
-        let theta = scaling
-            .and_then(|s| s.rope_theta)
-            .or(config.rope_theta)
-            .unwrap_or(10000.0);
+        let theta = scaling.and_then(|s| s.rope_theta).or(config.rope_theta).unwrap_or(10000.0);
         let d = config.head_dim();
         let plain = (0..d / 2).map(|i| theta.powf(-2.0 * i as f64 / d as f64));
         let Some(scaling) = scaling else { return Ok(Self { frequencies: plain.collect() }) };
@@ -126,7 +123,8 @@ impl Rope {
                 plain.map(stretch).collect()
             }
             other => {
-                let reason = format!("`{other}` is not implemented; expected default, linear or llama3");
+                let reason =
+                    format!("`{other}` is not implemented; expected default, linear or llama3");
                 return Err(Error::config("rope_scaling.rope_type", reason));
             }
         };
@@ -260,10 +258,9 @@ impl KvCache {
     fn extend(&mut self, layer: usize, k: Tensor<4>, v: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
         let pair = match self.layers.get(layer) {
             None => (k, v),
-            Some((old_k, old_v)) => (
-                Tensor::cat(vec![old_k.clone(), k], 2),
-                Tensor::cat(vec![old_v.clone(), v], 2),
-            ),
+            Some((old_k, old_v)) => {
+                (Tensor::cat(vec![old_k.clone(), k], 2), Tensor::cat(vec![old_v.clone(), v], 2))
+            }
         };
         if layer < self.layers.len() {
             self.layers[layer] = pair.clone();
@@ -392,7 +389,12 @@ impl LlamaForCausalLM {
     }
 
     /// Hidden states, `[batch, seq, hidden]`: what [`Self::logits`] reads.
-    pub fn hidden(&self, tokens: &Tokens, cx: &Scope<'_>, cache: Option<&mut KvCache>) -> Tensor<3> {
+    pub fn hidden(
+        &self,
+        tokens: &Tokens,
+        cx: &Scope<'_>,
+        cache: Option<&mut KvCache>,
+    ) -> Tensor<3> {
         self.model.forward(tokens, &cx.at("model"), cache)
     }
 

@@ -90,7 +90,8 @@ pub trait Pretrained: Module + ModuleDisplay + Sync + 'static {
         }
         if let Some(first) = loader.missing.first() {
             let count = loader.missing.len();
-            let found = format!("none ({count} tensors of the model are missing in {})", folder.display());
+            let found =
+                format!("none ({count} tensors of the model are missing in {})", folder.display());
             return Err(Error::tensor(first, "a tensor of that name", found));
         }
         for name in loader.file.names() {
@@ -120,8 +121,8 @@ pub struct Loaded<M: Pretrained> {
 pub fn model_type(folder: &Path) -> Result<String, Error> {
     let path = folder.join("config.json");
     let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
-    let json: serde_json::Value =
-        serde_json::from_str(&text).map_err(|e| Error::format(&path, format!("is not JSON: {e}")))?;
+    let json: serde_json::Value = serde_json::from_str(&text)
+        .map_err(|e| Error::format(&path, format!("is not JSON: {e}")))?;
     match json.get("model_type").and_then(|name| name.as_str()) {
         Some(name) => Ok(name.to_owned()),
         None => Err(Error::format(path, "has no model_type; expected one, such as \"bert\"")),
@@ -138,7 +139,10 @@ fn shards(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     let json: serde_json::Value = serde_json::from_str(&text)
         .map_err(|e| Error::format(&index, format!("is not JSON: {e}")))?;
     let Some(map) = json.get("weight_map").and_then(|map| map.as_object()) else {
-        return Err(Error::format(index, "has no weight_map; expected tensor names with their files"));
+        return Err(Error::format(
+            index,
+            "has no weight_map; expected tensor names with their files",
+        ));
     };
     let mut names = BTreeSet::new();
     for file in map.values() {
@@ -328,8 +332,8 @@ pub fn save_model<M: Pretrained>(
 ) -> Result<(), Error> {
     let from = source.join("config.json");
     let text = std::fs::read_to_string(&from).map_err(|e| Error::io(&from, e))?;
-    let mut config: serde_json::Value =
-        serde_json::from_str(&text).map_err(|e| Error::format(&from, format!("is not JSON: {e}")))?;
+    let mut config: serde_json::Value = serde_json::from_str(&text)
+        .map_err(|e| Error::format(&from, format!("is not JSON: {e}")))?;
     if let Some(config) = config.as_object_mut() {
         for (name, value) in fields {
             config.insert((*name).to_owned(), value.clone());

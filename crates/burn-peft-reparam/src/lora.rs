@@ -137,10 +137,7 @@ impl LoraAdapter {
         if keep == 1.0 || !training {
             return x;
         }
-        let mask = x
-            .clone()
-            .without_autodiff()
-            .random_like(Distribution::Bernoulli(keep));
+        let mask = x.clone().without_autodiff().random_like(Distribution::Bernoulli(keep));
         x * (mask / keep)
     }
 
@@ -164,10 +161,7 @@ impl LoraAdapter {
 impl Adapter for LoraAdapter {
     fn linear(&self, _layer: &Linear, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
         let h = linear(self.drop(x), self.lora_a.val(), None) * self.scaling; // [batch, seq, r]
-        let bias = self
-            .lora_bias
-            .as_ref()
-            .map(|bias| bias.val() * self.scaling);
+        let bias = self.lora_bias.as_ref().map(|bias| bias.val() * self.scaling);
         Some(linear(h, self.lora_b.val(), bias).cast(y.dtype()))
     }
 
@@ -217,12 +211,7 @@ const CHANGES_BASE: &[&str] = &["pissa", "olora", "corda", "loftq", "lora_ga", "
 impl Lora {
     /// With this rank, alpha and targets, and HF PEFT's defaults for the rest.
     pub fn new(r: usize, lora_alpha: f64, targets: Targets) -> Self {
-        Self {
-            r,
-            lora_alpha,
-            targets,
-            ..Self::default()
-        }
+        Self { r, lora_alpha, targets, ..Self::default() }
     }
 
     fn rank(&self, path: &str) -> Result<usize, Error> {
@@ -316,10 +305,7 @@ impl Method for Lora {
             return Err(Error::config("lora_alpha", found));
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {
-            let found = format!(
-                "expected a probability in [0, 1), found {}",
-                self.lora_dropout
-            );
+            let found = format!("expected a probability in [0, 1), found {}", self.lora_dropout);
             return Err(Error::config("lora_dropout", found));
         }
         Ok(())
@@ -342,10 +328,9 @@ impl Method for Lora {
             (Init::Default(true) | Init::Named(_), Kind::Embedding) => {
                 (zeros(shape_a), normal(shape_b, 1.0, rng, device))
             }
-            (Init::Default(true), _) => (
-                uniform(shape_a, bound(site.fan_in()), rng, device),
-                zeros(shape_b),
-            ),
+            (Init::Default(true), _) => {
+                (uniform(shape_a, bound(site.fan_in()), rng, device), zeros(shape_b))
+            }
             (Init::Default(false), _) => {
                 if self.lora_bias {
                     bias = uniform([site.fan_out()], bound(r), rng, device);
@@ -399,10 +384,7 @@ impl Method for Lora {
         let r = a.dims()[0];
         let mut tensors = match site.weight.shape().as_slice() {
             _ if site.kind == Kind::Embedding => {
-                vec![
-                    ("lora_embedding_A", a.into_data()),
-                    ("lora_embedding_B", b.into_data()),
-                ]
+                vec![("lora_embedding_A", a.into_data()), ("lora_embedding_B", b.into_data())]
             }
             [out, c, k] => vec![
                 ("lora_A.weight", a.reshape([r, *c, *k]).into_data()),
@@ -412,10 +394,7 @@ impl Method for Lora {
                 ("lora_A.weight", a.reshape([r, *c, *h, *w]).into_data()),
                 ("lora_B.weight", b.reshape([*out, r, 1, 1]).into_data()),
             ],
-            _ => vec![
-                ("lora_A.weight", a.into_data()),
-                ("lora_B.weight", b.into_data()),
-            ],
+            _ => vec![("lora_A.weight", a.into_data()), ("lora_B.weight", b.into_data())],
         };
         if let Some(bias) = &adapter.lora_bias {
             tensors.push(("lora_B.bias", bias.val().into_data()));
@@ -430,9 +409,7 @@ impl Method for Lora {
         device: &Device,
     ) -> Result<LoraAdapter, Error> {
         if let Init::Named(name) = &self.init_lora_weights
-            && CHANGES_BASE
-                .iter()
-                .any(|init| name.to_ascii_lowercase().starts_with(init))
+            && CHANGES_BASE.iter().any(|init| name.to_ascii_lowercase().starts_with(init))
         {
             let reason = format!(
                 "`{name}` changed the base model; convert the adapter in HF PEFT with \
@@ -448,16 +425,12 @@ impl Method for Lora {
                 file.take("lora_embedding_B", [fan_out, r], device)?,
             ),
             [out, c, k] => (
-                file.take("lora_A.weight", [r, *c, *k], device)?
-                    .reshape([r, fan_in]),
-                file.take("lora_B.weight", [*out, r, 1], device)?
-                    .reshape([fan_out, r]),
+                file.take("lora_A.weight", [r, *c, *k], device)?.reshape([r, fan_in]),
+                file.take("lora_B.weight", [*out, r, 1], device)?.reshape([fan_out, r]),
             ),
             [out, c, h, w] => (
-                file.take("lora_A.weight", [r, *c, *h, *w], device)?
-                    .reshape([r, fan_in]),
-                file.take("lora_B.weight", [*out, r, 1, 1], device)?
-                    .reshape([fan_out, r]),
+                file.take("lora_A.weight", [r, *c, *h, *w], device)?.reshape([r, fan_in]),
+                file.take("lora_B.weight", [*out, r, 1, 1], device)?.reshape([fan_out, r]),
             ),
             _ => (
                 file.take("lora_A.weight", [r, fan_in], device)?,

@@ -17,9 +17,7 @@ pub(crate) fn uniform<const D: usize>(
     device: &Device,
 ) -> Tensor<D> {
     let count = shape.iter().product();
-    let values = (0..count)
-        .map(|_| (2.0 * rng.random::<f32>() - 1.0) * bound)
-        .collect();
+    let values = (0..count).map(|_| (2.0 * rng.random::<f32>() - 1.0) * bound).collect();
     tensor(values, shape, device)
 }
 
@@ -31,8 +29,6 @@ pub(crate) fn normal<const D: usize>(
     device: &Device,
 ) -> Tensor<D> {
     let count = shape.iter().product();
-    let values = (0..count)
-        .map(|_| rng.sample::<f32, _>(StandardNormal) * std)
-        .collect();
+    let values = (0..count).map(|_| rng.sample::<f32, _>(StandardNormal) * std).collect();
     tensor(values, shape, device)
 }

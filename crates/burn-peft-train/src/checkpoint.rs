@@ -67,7 +67,10 @@ impl Checkpoint {
         for name in ["model", "optim", "scheduler"] {
             let path = self.folder.join(format!("{name}-{}.bpk", state.step));
             let broken = |e: String| {
-                TrainError::checkpoint(&path, format!("is not a whole record ({e}); train anew with --overwrite"))
+                TrainError::checkpoint(
+                    &path,
+                    format!("is not a whole record ({e}); train anew with --overwrite"),
+                )
             };
             match name {
                 "model" => drop(ModuleRecord::load(&path).map_err(|e| broken(e.to_string()))?),

@@ -25,7 +25,12 @@ pub struct TrainFeed<B> {
 
 impl<B> Clone for TrainFeed<B> {
     fn clone(&self) -> Self {
-        Self { collate: self.collate.clone(), lengths: self.lengths.clone(), range: self.range.clone(), ..*self }
+        Self {
+            collate: self.collate.clone(),
+            lengths: self.lengths.clone(),
+            range: self.range.clone(),
+            ..*self
+        }
     }
 }
 

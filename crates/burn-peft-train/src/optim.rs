@@ -3,9 +3,7 @@
 use crate::{Options, Schedule};
 use burn::module::{Module, ModuleVisitor, Param, ParamGroup};
 use burn::optim::lr_scheduler::{LrScheduler, LrSchedulerRecord};
-use burn::optim::{
-    AdamW, AdamWConfig, GradientsParams, LearningRate, ModuleOptimizer, Optimizer,
-};
+use burn::optim::{AdamW, AdamWConfig, GradientsParams, LearningRate, ModuleOptimizer, Optimizer};
 use burn::tensor::{Device, Tensor};
 
 /// An optimizer whose learning rate is a multiple of the schedule's: what LoRA+ asks for.

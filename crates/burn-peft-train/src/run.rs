@@ -266,7 +266,8 @@ impl Loop {
                 at.window = Report::default();
                 at.window_began = Instant::now();
             }
-            let due = self.options.eval_steps.map_or(ends, |n| at.state.step.is_multiple_of(n) || last);
+            let due =
+                self.options.eval_steps.map_or(ends, |n| at.state.step.is_multiple_of(n) || last);
             if due && valid.num_items() > 0 {
                 self.evaluate(learner, valid, at, epoch, observer)?;
                 at.window_began = Instant::now();

@@ -3,16 +3,18 @@
 use burn::tensor::Device;
 use burn_peft_core::Error;
 
+/// The backends, and whether this build has them.
+const BACKENDS: [(&str, bool); 5] = [
+    ("flex", cfg!(feature = "flex")),
+    ("ndarray", cfg!(feature = "ndarray")),
+    ("wgpu", cfg!(feature = "wgpu")),
+    ("vulkan", cfg!(feature = "vulkan")),
+    ("cuda", cfg!(feature = "cuda")),
+];
+
 /// Names of the backends that this build has.
 pub fn names() -> Vec<&'static str> {
-    let all = [
-        ("flex", cfg!(feature = "flex")),
-        ("ndarray", cfg!(feature = "ndarray")),
-        ("wgpu", cfg!(feature = "wgpu")),
-        ("vulkan", cfg!(feature = "vulkan")),
-        ("cuda", cfg!(feature = "cuda")),
-    ];
-    all.into_iter().filter(|(_, there)| *there).map(|(name, _)| name).collect()
+    BACKENDS.iter().filter(|(_, there)| *there).map(|(name, _)| *name).collect()
 }
 
 /// The plain device of that name: `flex`, `ndarray`, `wgpu`, `vulkan` or `cuda`.
@@ -23,7 +25,7 @@ pub fn names() -> Vec<&'static str> {
 pub fn by_name(name: &str) -> Result<Device, Error> {
     match name {
         #[cfg(feature = "flex")]
-        "flex" | "cpu" => Ok(Device::flex()),
+        "flex" => Ok(Device::flex()),
         #[cfg(feature = "ndarray")]
         "ndarray" => Ok(Device::ndarray()),
         #[cfg(feature = "wgpu")]
@@ -32,16 +34,15 @@ pub fn by_name(name: &str) -> Result<Device, Error> {
         "vulkan" => Ok(Device::vulkan(burn::tensor::DeviceKind::DefaultDevice)),
         #[cfg(feature = "cuda")]
         "cuda" => Ok(Device::cuda(0)),
-        "flex" | "cpu" | "ndarray" | "wgpu" | "vulkan" | "cuda" => Err(Error::config(
-            "device",
-            format!(
-                "`{name}` is not in this build, which has {}; build with --features {name}",
-                names().join(", ")
-            ),
-        )),
-        _ => Err(Error::config(
-            "device",
-            format!("`{name}` is no backend; expected one of {}", names().join(", ")),
-        )),
+        _ => {
+            let held = names().join(", ");
+            let reason = match BACKENDS.iter().any(|(known, _)| *known == name) {
+                true => format!(
+                    "`{name}` is not in this build, which has {held}; build with --features {name}"
+                ),
+                false => format!("`{name}` is no backend; this build has {held}"),
+            };
+            Err(Error::config("device", reason))
+        }
     }
 }

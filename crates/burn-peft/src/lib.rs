@@ -11,8 +11,8 @@ pub use burn_peft_train as train;
 /// What most programs need.
 pub mod prelude {
     pub use burn_peft_core::{
-        Adapter, AdapterConfig, Adapters, Bank, Error, Fold, Method, Overlay, Scope, Sites, Summary,
-        Targets, adapt, attach, load, merge, save,
+        Adapter, AdapterConfig, Adapters, Bank, Error, Fold, Method, Overlay, Scope, Sites,
+        Summary, Targets, adapt, attach, load, merge, save,
     };
     pub use burn_peft_models::*;
     pub use burn_peft_reparam::{Lora, LoraAdapter};

@@ -2,7 +2,8 @@
 
 use burn::tensor::Device;
 use burn_peft_core::{
-    AdapterConfig, Adapters, Error, Folded, Folds, Laid, Method, Overlay, Sites, Summary, load, peft_type,
+    AdapterConfig, Adapters, Error, Folded, Folds, Laid, Method, Overlay, Sites, Summary, load,
+    peft_type,
 };
 use std::path::Path;
 
@@ -102,6 +103,10 @@ impl Job for LoadJob<'_> {
 ///
 /// # Errors
 /// As [`load`], or a method that is not implemented.
-pub fn load_any(folder: &Path, sites: &Sites, device: &Device) -> Result<Box<dyn AnyAdapters>, Error> {
+pub fn load_any(
+    folder: &Path,
+    sites: &Sites,
+    device: &Device,
+) -> Result<Box<dyn AnyAdapters>, Error> {
     with_method(&peft_type(folder)?, LoadJob(folder, sites, device))?
 }

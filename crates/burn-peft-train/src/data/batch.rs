@@ -85,7 +85,9 @@ pub fn length_grouped(
     }
     shuffle(&mut batches, seed.wrapping_add(epoch).wrapping_add(1));
     let longest = |batch: &Vec<usize>| batch.iter().map(|&item| lengths[item]).max();
-    if let Some(first) = (0..batches.len()).max_by_key(|&i| (longest(&batches[i]), std::cmp::Reverse(i))) {
+    if let Some(first) =
+        (0..batches.len()).max_by_key(|&i| (longest(&batches[i]), std::cmp::Reverse(i)))
+    {
         batches.swap(0, first);
     }
     batches

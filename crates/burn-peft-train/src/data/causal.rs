@@ -79,19 +79,27 @@ pub fn read_causal(
         let objects = json_lines(path, &text)?;
         let has = |key| objects.first().is_some_and(|(_, first)| first.contains_key(key));
         if has("messages") {
-            examples(path, &objects, max_length, &mut report, |line, o| chat(path, line, o, tokenizer))?
+            examples(path, &objects, max_length, &mut report, |line, o| {
+                chat(path, line, o, tokenizer)
+            })?
         } else if has("completion") {
-            examples(path, &objects, max_length, &mut report, |line, o| pair(path, line, o, tokenizer))?
+            examples(path, &objects, max_length, &mut report, |line, o| {
+                pair(path, line, o, tokenizer)
+            })?
         } else {
-            let texts: Vec<&str> =
-                objects.iter().map(|(line, o)| string(path, *line, o, "text")).collect::<Result<_, _>>()?;
+            let texts: Vec<&str> = objects
+                .iter()
+                .map(|(line, o)| string(path, *line, o, "text"))
+                .collect::<Result<_, _>>()?;
             chunks(&texts, tokenizer, max_length, &mut report)?
         }
     } else {
         let texts: Vec<&str> = match unit {
             TextUnit::File => vec![&text],
             TextUnit::Line => text.lines().collect(),
-            TextUnit::Paragraph => text.split("\n\n").flat_map(|part| part.split("\r\n\r\n")).collect(),
+            TextUnit::Paragraph => {
+                text.split("\n\n").flat_map(|part| part.split("\r\n\r\n")).collect()
+            }
         };
         let texts: Vec<&str> =
             texts.into_iter().map(str::trim).filter(|text| !text.is_empty()).collect();
@@ -119,7 +127,8 @@ fn string<'o>(
         }
         None => {
             let found: Vec<&str> = object.keys().map(String::as_str).collect();
-            let reason = format!("has no `{key}` as the file's first line has, only {}", found.join(", "));
+            let reason =
+                format!("has no `{key}` as the file's first line has, only {}", found.join(", "));
             Err(DataError::line(path, line, reason))
         }
     }
@@ -162,7 +171,10 @@ fn examples(
             report.cut += 1;
         }
         if item.targets() == 0 {
-            log::warn!("{}, line {line}: nothing to learn within {max_length} tokens; left out", path.display());
+            log::warn!(
+                "{}, line {line}: nothing to learn within {max_length} tokens; left out",
+                path.display()
+            );
             report.dropped += 1;
         } else {
             items.push(item);
@@ -196,11 +208,14 @@ fn chat(
 ) -> Result<CausalItem, DataError> {
     let wrong = |reason: String| DataError::line(path, line, reason);
     let Some(template) = &tokenizer.template else {
-        return Err(wrong("holds a chat, but the model has no chat template; use prompt and completion".into()));
+        return Err(wrong(
+            "holds a chat, but the model has no chat template; use prompt and completion".into(),
+        ));
     };
     let messages: Vec<Message> = match object.get("messages") {
-        Some(list) => serde_json::from_value(list.clone())
-            .map_err(|e| wrong(format!("`messages`: expected objects with role and content: {e}")))?,
+        Some(list) => serde_json::from_value(list.clone()).map_err(|e| {
+            wrong(format!("`messages`: expected objects with role and content: {e}"))
+        })?,
         None => return Err(wrong("has no `messages` as the file's first line has".into())),
     };
     let mut item = CausalItem::default();

@@ -57,7 +57,11 @@ pub(crate) fn read_text(path: &Path) -> Result<String, DataError> {
         Err(e) => {
             let good = e.utf8_error().valid_up_to();
             let line = e.as_bytes()[..good].iter().filter(|b| **b == b'\n').count() + 1;
-            Err(DataError::line(path, line, "is not UTF-8 text; convert the file, for example by iconv"))
+            Err(DataError::line(
+                path,
+                line,
+                "is not UTF-8 text; convert the file, for example by iconv",
+            ))
         }
     }
 }

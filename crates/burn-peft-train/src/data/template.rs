@@ -38,7 +38,8 @@ impl ChatTemplate {
         // What `transformers` sets.
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|e| e.to_string())?);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise);
         environment
             .add_template_owned(NAME, source.to_owned())
@@ -50,9 +51,15 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// What the template refuses, in its own words.
-    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, String> {
+    pub fn render(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<String, String> {
         let template = self.environment.get_template(NAME).map_err(|e| e.to_string())?;
-        let turn = |m: &Message| Value::from_pairs([("role", m.role.clone()), ("content", m.content.clone())]);
+        let turn = |m: &Message| {
+            Value::from_pairs([("role", m.role.clone()), ("content", m.content.clone())])
+        };
         let values = context! {
             messages => messages.iter().map(turn).collect::<Vec<Value>>(),
             add_generation_prompt => add_generation_prompt,

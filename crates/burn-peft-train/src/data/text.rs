@@ -242,7 +242,11 @@ mod tests {
         let cases: [(&str, &[u8], &str); 8] = [
             ("a.tsv", b"", "is empty"),
             ("a.tsv", b"text\tlabel\n", "no rows"),
-            ("a.tsv", b"text\tlabel\na\tx\nb\n", "line 3: expected 2 fields as in the first row, found 1"),
+            (
+                "a.tsv",
+                b"text\tlabel\na\tx\nb\n",
+                "line 3: expected 2 fields as in the first row, found 1",
+            ),
             ("a.tsv", b"word\tlabel\na\tx\n", "no column `text`"),
             ("a.tsv", b"text\tlabel\na\t\n", "line 2: has no `label`"),
             ("a.tsv", b"text\tlabel\n\xff\tx\n", "line 2: is not UTF-8"),

@@ -50,7 +50,8 @@ fn template_text(value: Option<&Value>) -> Option<String> {
     match value? {
         Value::String(text) => Some(text.clone()),
         Value::Array(named) => {
-            let default = named.iter().find(|t| t.get("name").and_then(Value::as_str) == Some("default"));
+            let default =
+                named.iter().find(|t| t.get("name").and_then(Value::as_str) == Some("default"));
             default.or(named.first())?.get("template")?.as_str().map(str::to_owned)
         }
         _ => None,
@@ -74,7 +75,8 @@ impl TextTokenizer {
         let _ = inner.with_truncation(None);
         let config = read_json(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
         let special = read_json(&folder.join("special_tokens_map.json"))?.unwrap_or_default();
-        let special = |name: &str| token_text(config.get(name)).or_else(|| token_text(special.get(name)));
+        let special =
+            |name: &str| token_text(config.get(name)).or_else(|| token_text(special.get(name)));
         let id = |text: &Option<String>| text.as_deref().and_then(|t| inner.token_to_id(t));
         let (bos, eos, pad) = (special("bos_token"), special("eos_token"), special("pad_token"));
         let (eos_id, pad_id) = (id(&eos), id(&pad).or_else(|| inner.token_to_id("[PAD]")));
@@ -82,7 +84,10 @@ impl TextTokenizer {
         let template = match jinja.or_else(|| template_text(config.get("chat_template"))) {
             Some(source) => {
                 let (bos, eos) = (bos.unwrap_or_default(), eos.unwrap_or_default());
-                Some(ChatTemplate::new(&source, &bos, &eos).map_err(|e| DataError::file(folder, e))?)
+                Some(
+                    ChatTemplate::new(&source, &bos, &eos)
+                        .map_err(|e| DataError::file(folder, e))?,
+                )
             }
             None => None,
         };
@@ -104,8 +109,7 @@ impl TextTokenizer {
         inputs: Vec<EncodeInput<'t>>,
         special: bool,
     ) -> Result<Vec<Encoded>, DataError> {
-        let encodings =
-            tokenizer.encode_batch(inputs, special).map_err(|e| self.failed(&e))?;
+        let encodings = tokenizer.encode_batch(inputs, special).map_err(|e| self.failed(&e))?;
         let whole = |e: tokenizers::Encoding| Encoded {
             ids: e.get_ids().to_vec(),
             type_ids: e.get_type_ids().to_vec(),
