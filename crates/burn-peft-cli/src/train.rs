@@ -4,6 +4,7 @@ use crate::args::TrainArgs;
 use crate::failure::{Failure, print};
 use crate::files::{ADAPTER_FILES, LABELS, claim, peak_memory, write_json};
 use crate::model::Task;
+use burn::module::Module;
 use burn::tensor::Device;
 use burn_peft::core::{
     AdapterConfig, Method, Names, OneOrMany, Scope, Sites, Summary, adapt, save,
@@ -471,7 +472,7 @@ impl<B: Objective + Pretrained> Job for TrainJob<'_, B> {
         eprint!("{summary}");
         let before = match (&prepared.test, setup.args.resume) {
             (Some(test), false) => {
-                let report = evaluated(&*base, test, device, &Scope::new(&adapters));
+                let report = evaluated(&*base, test, device, &Scope::new(&adapters.valid()));
                 eprintln!(
                     "before training: test loss {:.4}, accuracy {:.4}",
                     report.loss,
@@ -520,10 +521,9 @@ impl<B: Objective + Pretrained> Job for TrainJob<'_, B> {
             return Err(Failure::Interrupted);
         }
 
-        let after = prepared
-            .test
-            .as_ref()
-            .map(|test| scores(evaluated(&*base, test, device, &Scope::new(&fitted.adapters))));
+        let after = prepared.test.as_ref().map(|test| {
+            scores(evaluated(&*base, test, device, &Scope::new(&fitted.adapters.valid())))
+        });
         if let Some(labels) = &prepared.labels {
             write_json(&out.join(LABELS), labels)?;
         }

@@ -256,11 +256,7 @@ impl BertModel {
     pub fn forward(&self, tokens: &Tokens, cx: &Scope<'_>) -> Tensor<3> {
         let device = self.device();
         let (parts, at) = (&self.embeddings, cx.at("embeddings"));
-        let count: Vec<i32> = (0..tokens.seq as i32).collect();
-        let positions = match &tokens.positions {
-            Some(positions) => positions.clone(),
-            None => count.repeat(tokens.batch),
-        };
+        let positions = tokens.positions(0);
         let zeros = || vec![0; tokens.ids.len()];
         let types = tokens.type_ids.clone().unwrap_or_else(zeros);
         let ids = |values: &[i32]| tokens.tensor(values, &device);
@@ -316,12 +312,14 @@ impl BertForSequenceClassification {
     /// As [`Tokens::check`].
     pub fn check(&self, tokens: &Tokens) -> Result<(), Error> {
         tokens.check(self.limits.vocab, self.limits.positions)?;
-        let largest = tokens.type_ids.iter().flatten().copied().max().unwrap_or(0);
-        if largest < 0 || largest as usize >= self.limits.types {
-            let reason = format!("expected numbers below {}, found {largest}", self.limits.types);
-            return Err(Error::config("token_type_ids", reason));
+        let types = self.limits.types;
+        match tokens.type_ids.iter().flatten().find(|&&id| id < 0 || id as usize >= types) {
+            None => Ok(()),
+            Some(id) => {
+                let reason = format!("expected numbers below {types}, found {id}");
+                Err(Error::config("token_type_ids", reason))
+            }
         }
-        Ok(())
     }
 
     /// Logits `[batch, labels]`.

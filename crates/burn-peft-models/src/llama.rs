@@ -251,10 +251,6 @@ impl KvCache {
         self.len() == 0
     }
 
-    fn past(&self) -> Vec<i32> {
-        self.kept.iter().map(|row| row.iter().sum()).collect()
-    }
-
     fn extend(&mut self, layer: usize, k: Tensor<4>, v: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
         let pair = match self.layers.get(layer) {
             None => (k, v),
@@ -346,7 +342,7 @@ impl LlamaModel {
     ) -> Tensor<3> {
         let device = self.embed_tokens.weight.device();
         let shape = [tokens.batch, tokens.seq];
-        let past = cache.as_ref().map(|cache| cache.past()).unwrap_or_default();
+        let past = cache.as_ref().map_or(0, |cache| cache.len());
         let mut kept: Vec<Vec<i32>> = match &cache {
             Some(cache) if !cache.is_empty() => cache.kept.clone(),
             _ => vec![Vec::new(); tokens.batch],
@@ -355,7 +351,7 @@ impl LlamaModel {
             row.extend_from_slice(mask);
         }
         let mask = causal_mask(&kept, tokens.seq, tokens.segments.as_deref(), &device);
-        let tables = self.rope.tables(&tokens.positions(&past), shape, &device);
+        let tables = self.rope.tables(&tokens.positions(past), shape, &device);
         let ids = tokens.tensor(&tokens.ids, &device);
         let mut x = cx.at("embed_tokens").embedding(&self.embed_tokens, ids);
         for (index, layer) in self.layers.iter().enumerate() {

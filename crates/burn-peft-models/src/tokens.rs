@@ -12,7 +12,7 @@ pub struct Tokens {
     pub mask: Vec<i32>,
     /// `token_type_ids` (BERT); `None` is all 0.
     pub type_ids: Option<Vec<i32>>,
-    /// Position of each token; `None` counts the tokens that the mask keeps.
+    /// Position of each token; `None` counts columns.
     pub positions: Option<Vec<i32>>,
     /// Number of the document that a token belongs to; tokens see their own document only.
     pub segments: Option<Vec<i32>>,
@@ -79,19 +79,13 @@ impl Tokens {
         Tensor::from_data(TensorData::new(values.to_vec(), [self.batch, self.seq]), device)
     }
 
-    /// Positions as `transformers` counts them: kept tokens from 0; padding before them is 0.
-    pub(crate) fn positions(&self, past: &[i32]) -> Vec<i32> {
+    /// Positions by column, after `past` columns that were read before. As in `transformers`, padding
+    /// counts: rotary positions act by their distances alone.
+    pub(crate) fn positions(&self, past: usize) -> Vec<i32> {
         if let Some(positions) = &self.positions {
             return positions.clone();
         }
-        let mut positions = Vec::with_capacity(self.ids.len());
-        for row in 0..self.batch {
-            let mut next = past.get(row).copied().unwrap_or(0);
-            for &kept in &self.mask[row * self.seq..(row + 1) * self.seq] {
-                positions.push(if kept == 0 { (next - 1).max(0) } else { next });
-                next += kept;
-            }
-        }
-        positions
+        let row = past as i32..(past + self.seq) as i32;
+        std::iter::repeat_n(row, self.batch).flatten().collect()
     }
 }

@@ -1,0 +1,84 @@
+"""Small models with random weights, the same on every run."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+VOCAB = 96
+
+
+def bert(labels=3):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=40, num_labels=labels,
+        initializer_range=0.3, pad_token_id=0,
+    )
+    return shaken(BertForSequenceClassification(config))
+
+
+def llama(**options):
+    torch.manual_seed(1)
+    config = LlamaConfig(**{
+        "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64,
+        "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    } | options)
+    return shaken(LlamaForCausalLM(config))
+
+
+def shaken(model):
+    """Norms and biases that are not at their ones and zeros, so that forgetting one shows."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def inputs(batch=3, seq=11, left=False, types=False):
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, VOCAB, (batch, seq), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate([0, 3, 6][:batch]):
+        if padding:
+            cut = slice(0, padding) if left else slice(seq - padding, seq)
+            ids[row, cut], mask[row, cut] = 0, 0
+    found = {"input_ids": ids, "attention_mask": mask}
+    if types:
+        found["token_type_ids"] = (torch.arange(seq) >= seq // 2).long().expand(batch, seq).contiguous()
+    return found
+
+
+def tokenizer(folder):
+    """A tokenizer of whole words, with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    words = special + [f"w{i}" for i in range(VOCAB - len(special))]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    made.save(str(Path(folder) / "tokenizer.json"))
+    said = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "bos_token": "[CLS]",
+        "eos_token": "[SEP]", "unk_token": "[UNK]",
+        "chat_template": "{% for m in messages %}{{ m.role }} {{ m.content }} [SEP] {% endfor %}"
+                         "{% if add_generation_prompt %}assistant{% endif %}",
+    }
+    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n")
+
+
+def randomize(model, mark, std=0.2, seed=3):
+    """Gives every parameter whose name holds one of `mark` random values."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if any(part in name for part in mark):
+                parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
