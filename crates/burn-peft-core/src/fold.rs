@@ -1,11 +1,12 @@
 //! Differences folded into parameters: [`attach`] to train any Burn model, [`merge`] for a plain one.
 
-use crate::{Adapters, Error, Fold, Folds, TrainedCopy, Value, as_matrix, from_matrix, hf_path};
+use crate::{
+    Adapters, Error, Fold, Folds, Sites, TrainedCopy, Value, as_matrix, from_matrix, hf_path,
+};
 use burn::module::{
     Module, ModuleDisplay, ModuleMapper, Param, Reparameterization, Reparameterizer,
 };
 use burn::tensor::Tensor;
-use std::collections::BTreeSet;
 
 /// Which parameter of a place.
 fn split(path: &str) -> Option<(&str, &str)> {
@@ -115,62 +116,44 @@ impl<A: Module + ModuleDisplay + Fold + Sync + 'static> Reparameterizer for Atta
 /// a parameter holds one reparameterization, and Burn loses a second one silently.
 ///
 /// # Errors
-/// A path of the adapters that the model does not have.
+/// A path of the adapters that the model does not have, or a bias for a layer that has none.
 pub fn attach<M, A>(model: M, adapters: &Adapters<A>) -> Result<M, Error>
 where
     M: Module,
     A: Module + ModuleDisplay + Fold + Sync + 'static,
 {
-    let mut probe = Paths::default();
-    model.visit(&mut probe);
-    check_paths(&probe.places, &adapters.paths())?;
+    check(&model, adapters)?;
     Ok(model.apply_reparameterization(Attacher { adapters }))
 }
 
-fn check_paths(places: &BTreeSet<String>, wanted: &[String]) -> Result<(), Error> {
-    for path in wanted {
-        if !places.contains(path) {
-            let near = places.iter().map(String::as_str);
-            return Err(Error::no_match("adapter", path, "layer", near));
+/// Refuses places that the model does not have, and biases for layers that have none: they would
+/// be lost without a word.
+fn check<M: Module>(model: &M, folds: &dyn Folds) -> Result<(), Error> {
+    let sites = Sites::of(model, None);
+    for path in folds.paths() {
+        let Some(site) = sites.get(&path) else {
+            let near = sites.all.iter().map(|site| site.path.as_str());
+            return Err(Error::no_match("adapter", &path, "layer", near));
+        };
+        let none = || Tensor::zeros([site.fan_out()], &site.device());
+        if site.bias.is_none() && folds.fold_bias(&path, &none()).is_some() {
+            let reason = "the adapter adds a bias and the layer has none to fold it into; \
+                          run the model with the adapter as an overlay instead";
+            return Err(Error::place(path, reason));
         }
     }
     Ok(())
 }
 
-#[derive(Default)]
-struct Paths {
-    stack: Vec<String>,
-    places: BTreeSet<String>,
-}
-
-impl burn::module::ModuleVisitor for Paths {
-    fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.stack.push(name.to_owned());
-    }
-    fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.stack.pop();
-    }
-    fn visit_float<const D: usize>(&mut self, _param: &Param<Tensor<D>>) {
-        if let Some((_, place)) = self.stack.split_last() {
-            self.places.insert(hf_path(place));
-        }
-    }
-}
-
 /// A plain model with the adapters folded in: `W' = W + Σ wᵢ·Δᵢ(W)`. The old model is still there.
 ///
-/// ```ignore
-/// let merged = merge(&model, &[(&adapters, 1.0)])?;
-/// ```
-///
 /// # Errors
-/// A path of the adapters that the model does not have, or a merged weight that is not finite
+/// A path of the adapters that the model does not have, a bias for a layer that has none, or a
+/// merged weight that is not finite
 /// (named; the adapter is broken).
 pub fn merge<M: Module>(model: &M, parts: &[(&dyn Folds, f64)]) -> Result<M, Error> {
-    let mut probe = Paths::default();
-    model.visit(&mut probe);
     for (folds, _) in parts {
-        check_paths(&probe.places, &folds.paths())?;
+        check(model, *folds)?;
     }
     let mut merger = Merger { parts, stack: Vec::new(), broken: None };
     let merged = model.clone().map(&mut merger);

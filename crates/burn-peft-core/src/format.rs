@@ -31,15 +31,11 @@ pub struct AdapterConfig<T> {
 }
 
 /// Fields of every configuration that are about the file and not about the method.
-const ABOUT_FILE: &[&str] = &[
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_type",
-    "peft_version",
-    "revision",
-    "task_type",
-];
+const ABOUT_FILE: &[&str] =
+    &["base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "task_type"];
+
+/// Fields that say how HF finds the base model: kept as they are, to no effect here.
+const ABOUT_BASE: &[&str] = &["auto_mapping", "revision"];
 
 impl<T: Method> AdapterConfig<T> {
     /// For a method that was just asked for.
@@ -85,7 +81,7 @@ impl<T: Method> AdapterConfig<T> {
         for (name, value) in fields {
             let absent = T::ABSENT.iter().any(|(field, _)| *field == name);
             if !known.contains_key(&name) && !absent && !ABOUT_FILE.contains(&name.as_str()) {
-                if !is_neutral(&value) {
+                if !is_neutral(&value) && !ABOUT_BASE.contains(&name.as_str()) {
                     log::warn!(
                         "{}: unknown field `{name}` is kept, without effect",
                         path.display()
@@ -101,11 +97,12 @@ impl<T: Method> AdapterConfig<T> {
         let mut fields = method_fields(&self.method, path)?;
         fields.extend(self.other.clone());
         let text = |value: &Option<String>| value.clone().map_or(Json::Null, Json::String);
-        fields.insert("auto_mapping".into(), Json::Null);
+        for name in ABOUT_BASE {
+            fields.entry(*name).or_insert(Json::Null);
+        }
         fields.insert("base_model_name_or_path".into(), text(&self.base_model_name_or_path));
         fields.insert("inference_mode".into(), Json::Bool(true));
         fields.insert("peft_type".into(), Json::String(T::NAME.into()));
-        fields.insert("revision".into(), Json::Null);
         fields.insert("task_type".into(), text(&self.task_type));
         fields.sort_keys();
         let mut bytes = serde_json::to_vec_pretty(&fields)

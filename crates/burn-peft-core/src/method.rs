@@ -62,6 +62,11 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
         Ok(())
     }
 
+    /// Whether a fresh adapter changes nothing: `δ = 0` until the first step.
+    fn starts_as_identity(&self) -> bool {
+        true
+    }
+
     /// The adapter for one place, trainable on `device`. `rng` depends on the seed and the path
     /// alone, so that the numbers are the same on every device.
     ///

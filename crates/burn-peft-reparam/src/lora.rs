@@ -311,6 +311,10 @@ impl Method for Lora {
         Ok(())
     }
 
+    fn starts_as_identity(&self) -> bool {
+        self.init_lora_weights != Init::Default(false)
+    }
+
     fn init(
         &self,
         site: &Site,
@@ -364,6 +368,7 @@ impl Method for Lora {
             Self { use_rslora: true, bias: LoraBias::LoraOnly, ..plain.clone() },
             Self { lora_dropout: 0.2, bias: LoraBias::All, ..plain.clone() },
             Self { init_lora_weights: "gaussian".into(), targets: saving, ..plain.clone() },
+            Self { init_lora_weights: "false".into(), lora_bias: true, ..plain.clone() },
             Self {
                 rank_pattern: IndexMap::from([("query".into(), 2)]),
                 alpha_pattern: IndexMap::from([("query".into(), 6.0)]),

@@ -1,0 +1,267 @@
+//! HF PEFT's own files and numbers (`interop/fixtures.py`): its adapters load here and give its
+//! logits, and what is written here is what it wrote.
+
+use crate::probe::{close, values};
+use burn::module::{Module, ModuleMapper, Param};
+use burn::nn::conv::{Conv1d, Conv1dConfig, Conv2d, Conv2dConfig};
+use burn::nn::{Linear, LinearConfig, PaddingConfig2d};
+use burn::tensor::activation::relu;
+use burn::tensor::{Device, Tensor};
+use burn_peft::core::{AdapterConfig, Scope, Sites, TensorFile, load, merge, save};
+use burn_peft::models::{
+    BertForSequenceClassification, LlamaForCausalLM, Precision, Pretrained, Tokens,
+};
+use burn_peft::reparam::Lora;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures")
+}
+
+fn device() -> Device {
+    burn_peft::device::by_name(burn_peft::device::names()[0]).expect("is in the build")
+}
+
+fn open(path: PathBuf) -> TensorFile {
+    TensorFile::open(path).expect("is committed")
+}
+
+fn floats(file: &mut TensorFile, name: &str) -> Vec<f32> {
+    let data = file.take_data(name).expect("is in the file").convert::<f32>();
+    data.try_to_vec().expect("is f32")
+}
+
+fn base<M: Pretrained>(name: &str) -> M {
+    let folder = fixtures().join("models").join(name);
+    M::load(&folder, Precision::F32, 0, &device(), |_| ()).expect("is whole").model
+}
+
+fn tokens(model: &str, types: bool) -> Tokens {
+    let mut file = open(fixtures().join("models").join(model).join("golden.safetensors"));
+    let mut ints = |name: &str| {
+        let (shape, values) = file.take_ints(name).expect("is in the file");
+        (shape, values.into_iter().map(|v| v as i32).collect::<Vec<_>>())
+    };
+    let (shape, ids) = ints("input_ids");
+    let mask = ints("attention_mask").1;
+    let type_ids = types.then(|| ints("token_type_ids").1);
+    Tokens { ids, mask, type_ids, batch: shape[0], seq: shape[1], ..Tokens::default() }
+}
+
+/// The logits' bound of the issue.
+#[track_caller]
+fn near(found: &[f32], expected: &[f32], what: &str) {
+    let far = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(found.len() == expected.len() && far <= 1e-4, "{what}: differs by {far}");
+}
+
+/// Tensors by name, less the copies that HF PEFT's wrapper writes twice.
+fn contents(path: PathBuf) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
+    let mut file = open(path);
+    let names: Vec<String> = file.names().map(str::to_owned).collect();
+    let twice =
+        |name: &String| name.contains(".original_module.") || name.contains(".modules_to_save.");
+    names
+        .into_iter()
+        .filter(|name| !twice(name))
+        .map(|name| {
+            let shape = file.shape(&name).map(<[usize]>::to_vec).unwrap_or_default();
+            let values = floats(&mut file, &name);
+            (name, (shape, values))
+        })
+        .collect()
+}
+
+/// Loads the adapter, writes it again, and compares the files: tensors, and fields that are ours.
+fn same_file(
+    folder: &Path,
+    sites: &Sites,
+) -> burn_peft::core::Adapters<burn_peft::reparam::LoraAdapter> {
+    let (config, adapters) = load::<Lora>(folder, sites, &device()).expect("is whole");
+    let again = tempfile::tempdir().expect("makes a folder");
+    save(again.path(), &config, sites, &adapters).expect("is written");
+    let tensors = |folder: &Path| contents(folder.join("adapter_model.safetensors"));
+    assert_eq!(tensors(again.path()), tensors(folder), "{}", folder.display());
+    let json = |folder: &Path| -> serde_json::Map<String, serde_json::Value> {
+        let text = std::fs::read_to_string(folder.join("adapter_config.json")).expect("is there");
+        serde_json::from_str(&text).expect("is JSON")
+    };
+    let (ours, theirs) = (json(again.path()), json(folder));
+    for (name, value) in &ours {
+        if name != "peft_version" {
+            let expected = theirs.get(name).unwrap_or(&serde_json::Value::Null);
+            let [found, expected] = [value, expected].map(numbers);
+            assert_eq!(found, expected, "{} {name}", folder.display());
+        }
+    }
+    for (name, value) in theirs {
+        let neutral = match &value {
+            serde_json::Value::Null | serde_json::Value::Bool(false) => true,
+            serde_json::Value::Object(fields) => fields.is_empty(),
+            _ => ["megatron_core", "qalora_group_size", "peft_version"].contains(&name.as_str()),
+        };
+        assert!(neutral || ours.contains_key(&name), "{} lost {name}", folder.display());
+    }
+    adapters
+}
+
+/// 8 and 8.0 are one number.
+fn numbers(value: &serde_json::Value) -> serde_json::Value {
+    match (value, value.as_f64()) {
+        (_, Some(number)) => number.into(),
+        (serde_json::Value::Object(fields), _) => {
+            fields.iter().map(|(name, value)| (name.clone(), numbers(value))).collect()
+        }
+        _ => value.clone(),
+    }
+}
+
+#[test]
+fn bert_adapters_of_hf_peft() {
+    let base: BertForSequenceClassification = base("bert");
+    let sites = Sites::of(&base, Some(BertForSequenceClassification::OUTPUT));
+    let tokens = tokens("bert", true);
+    let plain = values(base.forward(&tokens, &Scope::plain()));
+    let mut count = 0;
+    let folder = std::fs::read_dir(fixtures().join("adapters")).expect("is committed");
+    for entry in folder.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with("llama") || name == "cnn" {
+            continue;
+        }
+        let adapters = same_file(&entry.path(), &sites);
+        let expected = floats(&mut open(entry.path().join("golden.safetensors")), "logits");
+        let found = values(base.forward(&tokens, &Scope::new(&adapters)));
+        near(&found, &expected, &name);
+        let merged = merge(&base, &[(&adapters, 1.0)]).expect("is finite");
+        near(&values(merged.forward(&tokens, &Scope::plain())), &expected, &name);
+        assert!(found.iter().zip(&plain).any(|(a, b)| (a - b).abs() > 1e-2), "{name} does nothing");
+        count += 1;
+    }
+    assert_eq!(count, 8);
+}
+
+#[test]
+fn llama_adapter_of_hf_peft() {
+    let base: LlamaForCausalLM = base("llama");
+    let sites = Sites::of(&base, Some(LlamaForCausalLM::OUTPUT));
+    let folder = fixtures().join("adapters/llama-all-linear");
+    let adapters = same_file(&folder, &sites);
+    let tokens = tokens("llama", false);
+    let expected = floats(&mut open(folder.join("golden.safetensors")), "logits");
+    let found = values(base.forward(&tokens, &Scope::new(&adapters)));
+    let width = found.len() / tokens.mask.len();
+    let kept = |all: &[f32]| -> Vec<f32> {
+        let rows = all.chunks(width).zip(&tokens.mask).filter(|(_, kept)| **kept != 0);
+        rows.flat_map(|(row, _)| row.to_vec()).collect()
+    };
+    near(&kept(&found), &kept(&expected), "llama");
+}
+
+#[derive(Module, Debug)]
+struct Cnn {
+    conv1: Conv2d,
+    conv2: Conv1d,
+    head: Linear,
+}
+
+impl Cnn {
+    fn forward(&self, x: Tensor<4>, cx: &Scope<'_>) -> Tensor<2> {
+        let h = relu(cx.at("conv1").conv2d(&self.conv1, x));
+        let [batch, channels, height, width] = h.dims();
+        let h = h.reshape([batch, channels, height * width]);
+        let h = relu(cx.at("conv2").conv1d(&self.conv2, h));
+        cx.at("head").linear(&self.head, h.mean_dim(2).squeeze_dim(2))
+    }
+}
+
+/// PyTorch's weights into Burn's layers.
+struct FromFile<'a> {
+    file: &'a mut TensorFile,
+    stack: Vec<String>,
+}
+
+impl ModuleMapper for FromFile<'_> {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.stack.push(name.to_owned());
+    }
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.stack.pop();
+    }
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let mut shape = param.dims();
+        if D == 2 {
+            shape.reverse();
+        }
+        let name = format!("base.{}", self.stack.join("."));
+        let tensor = self.file.take(&name, shape, &device()).expect("is in the file");
+        Param::initialized(param.id, if D == 2 { tensor.transpose() } else { tensor })
+    }
+}
+
+#[test]
+fn convolution_adapters_of_hf_peft() {
+    let folder = fixtures().join("adapters/cnn");
+    let mut golden = open(folder.join("golden.safetensors"));
+    let device = device();
+    let conv1 = Conv2dConfig::new([3, 6], [3, 3]).with_stride([2, 2]);
+    let model = Cnn {
+        conv1: conv1.with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1)).init(&device),
+        conv2: Conv1dConfig::new(6, 8, 2).with_stride(2).init(&device),
+        head: LinearConfig::new(8, 4).init(&device),
+    };
+    let model = model.map(&mut FromFile { file: &mut golden, stack: Vec::new() });
+    let sites = Sites::of(&model, None);
+    let x = golden.take("x", [2, 3, 8, 8], &device).expect("is in the file");
+    near(
+        &values(model.forward(x.clone(), &Scope::plain())),
+        &floats(&mut golden, "before"),
+        "base",
+    );
+    let adapters = same_file(&folder, &sites);
+    let expected = floats(&mut golden, "logits");
+    let found = values(model.forward(x.clone(), &Scope::new(&adapters)));
+    near(&found, &expected, "cnn");
+    let merged = merge(&model, &[(&adapters, 1.0)]).expect("is finite");
+    close(&values(merged.forward(x, &Scope::plain())), &found, "merged");
+}
+
+#[test]
+fn a_configuration_that_changes_the_result_is_refused() {
+    let base: BertForSequenceClassification = base("bert");
+    let sites = Sites::of(&base, None);
+    let plain = fixtures().join("adapters/plain");
+    let folder = tempfile::tempdir().expect("makes a folder");
+    let tensors = "adapter_model.safetensors";
+    std::fs::copy(plain.join(tensors), folder.path().join(tensors)).expect("copies");
+    let text = std::fs::read_to_string(plain.join("adapter_config.json")).expect("is committed");
+    let with = |field: &str, value: serde_json::Value| {
+        let mut json: serde_json::Map<_, _> = serde_json::from_str(&text).expect("is JSON");
+        json.insert(field.into(), value);
+        let text = serde_json::to_string(&json).expect("is JSON");
+        std::fs::write(folder.path().join("adapter_config.json"), text).expect("writes");
+        load::<Lora>(folder.path(), &sites, &device()).map(|(config, _)| config)
+    };
+    for (field, value) in [
+        ("use_dora", serde_json::json!(true)),
+        ("target_parameters", serde_json::json!(["experts"])),
+        ("layer_replication", serde_json::json!([[0, 1]])),
+        ("r", serde_json::json!(0)),
+        ("r", serde_json::json!(5)),
+        ("r", serde_json::json!("four")),
+        ("peft_type", serde_json::json!("NONSENSE")),
+        ("init_lora_weights", serde_json::json!("pissa")),
+        ("target_modules", serde_json::json!(["nothing"])),
+        ("target_modules", serde_json::json!("(")),
+        ("target_modules", serde_json::json!(["query"])),
+        ("target_modules", serde_json::json!(["query", "key", "value"])),
+    ] {
+        let said = with(field, value.clone()).expect_err("changes the result").to_string();
+        let named = [field, "lora_", "tensor"].iter().any(|name| said.contains(name));
+        assert!(named, "{field} = {value}: {said}");
+    }
+    let kept: AdapterConfig<Lora> =
+        with("a_field_of_tomorrow", serde_json::json!(3)).expect("is kept");
+    assert_eq!(kept.other.get("a_field_of_tomorrow"), Some(&serde_json::json!(3)));
+}

@@ -1,0 +1,404 @@
+//! The laws, over every registered method, every option that it samples, and every backend of the
+//! build. A method needs no tests of its own to be held to them.
+
+#[path = "../../examples/any_model.rs"]
+mod any_model;
+mod hf;
+mod other_models;
+mod probe;
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::optim::{AdamConfig, GradientsParams};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn_peft::core::{
+    AdapterConfig, Adapters, BASE, Bank, Error, Folded, Folds, Method, Scope, Sites, Targets,
+    adapt, load, merge, save,
+};
+use burn_peft::device;
+use burn_peft::registry::{ForEach, NAMES, for_each_method};
+use probe::{Drawn, Probe, all_values, close, fresh, ids, targets, values};
+use std::panic::Location;
+
+/// One configuration of a method over the probe, on one backend.
+struct Case<T: Method> {
+    name: String,
+    method: T,
+    device: Device,
+    model: Probe,
+    sites: Sites,
+    ids: Tensor<2, Int>,
+    linear_only: bool,
+}
+
+impl<T: Method> Case<T> {
+    fn adapters(&self, seed: u64) -> Result<Adapters<T::Adapter>, Error> {
+        adapt(&self.sites, &self.method, seed, &self.device.clone().autodiff())
+    }
+
+    /// As after training: every parameter moved.
+    fn trained(&self, seed: u64) -> Adapters<T::Adapter> {
+        let fresh = self.adapters(seed).expect("fits: the cases are those that do");
+        fresh.map(&mut Drawn::new(seed + 100, 0.4))
+    }
+
+    fn forward(&self, cx: &Scope<'_>) -> Vec<f32> {
+        values(self.model.forward(&self.ids, cx))
+    }
+}
+
+/// A law over one case.
+trait Law {
+    fn holds<T: Method>(&self, case: &Case<T>);
+}
+
+struct Over<'a, L>(&'a L);
+
+impl<L: Law> ForEach for Over<'_, L> {
+    fn visit<T: Method>(&mut self) {
+        for backend in device::names() {
+            let device = device::by_name(backend).expect("is in the build");
+            let model = Probe::new(&device);
+            let sites = Sites::of(&model, Some("head"));
+            let ids = ids(&device);
+            let mut served = [0, 0];
+            for (wide, targets) in targets::<T>(&sites).into_iter().enumerate() {
+                for (index, method) in T::samples(&targets).into_iter().enumerate() {
+                    let case = Case {
+                        name: format!("{} sample {index} {wide} on {backend}", T::NAME),
+                        method,
+                        device: device.clone(),
+                        model: model.clone(),
+                        sites: sites.clone(),
+                        ids: ids.clone(),
+                        linear_only: wide == 0,
+                    };
+                    match case.adapters(0) {
+                        // An option may not serve every kind of place, but must serve linear ones.
+                        Err(Error::Place { .. }) if wide == 1 => continue,
+                        Err(error) => panic_at(&case.name, &error),
+                        Ok(_) => served[wide] += 1,
+                    }
+                    self.0.holds(&case);
+                }
+            }
+            assert!(served.iter().all(|&count| count > 0), "{}: {served:?}", T::NAME);
+        }
+    }
+}
+
+#[track_caller]
+#[allow(clippy::panic)]
+fn panic_at(name: &str, error: &Error) -> ! {
+    panic!("{name}: {error} ({})", Location::caller())
+}
+
+fn check(law: &impl Law) {
+    for_each_method(&mut Over(law));
+}
+
+macro_rules! law {
+    ($(#[$doc:meta])* $name:ident, |$case:ident| $body:block) => {
+        $(#[$doc])*
+        #[test]
+        fn $name() {
+            struct This;
+            impl Law for This {
+                fn holds<T: Method>(&self, $case: &Case<T>) $body
+            }
+            check(&This);
+        }
+    };
+}
+
+law!(
+    /// `δ = 0` before the first step.
+    a_fresh_adapter_changes_nothing,
+    |case| {
+        let adapters = case.adapters(3).expect("fits").valid();
+        let (fresh, base) = (case.forward(&Scope::new(&adapters)), case.forward(&Scope::plain()));
+        match case.method.starts_as_identity() {
+            true => close(&fresh, &base, &case.name),
+            false => assert_ne!(fresh, base, "{}", case.name),
+        }
+    }
+);
+
+law!(
+    /// `δ(x, xW + b) = x·Δ(W) + Δ(b)`: overlay, attached and merged models are one function.
+    the_faces_agree,
+    |case| {
+        let adapters = case.trained(1).valid();
+        let Some(folds) = Folded::<T>::new(&adapters) else { return };
+        let overlaid = case.forward(&Scope::new(&adapters));
+        let merged = merge(&case.model, &[(&folds, 1.0)]).expect("is finite");
+        close(&values(merged.plain(&case.ids)), &overlaid, &format!("{} merged", case.name));
+        assert_ne!(overlaid, case.forward(&Scope::plain()), "{}", case.name);
+    }
+);
+
+law!(
+    /// Without adapters, the zoo's forward is Burn's own, bit for bit.
+    off_is_the_base,
+    |case| {
+        let base = values(case.model.plain(&case.ids));
+        let mut bank = Bank::new();
+        bank.insert("one", case.trained(1).valid());
+        assert_eq!(case.forward(&Scope::plain()), base);
+        let none = bank.mix(&[("one", 0.0)]).expect("is held");
+        assert_eq!(case.forward(&Scope::new(&none)), base);
+        let nobody = bank.rows(&[BASE; 4], &case.device).expect("is held");
+        assert_eq!(case.forward(&Scope::new(&nobody)), base);
+    }
+);
+
+/// Which parameters got no gradient.
+struct Gradients<'a> {
+    found: &'a GradientsParams,
+    without: Vec<usize>,
+    met: usize,
+}
+
+impl ModuleVisitor for Gradients<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let moved =
+            self.found.get::<D>(param.id).is_some_and(|g| values(g).iter().any(|&v| v != 0.0));
+        if !moved {
+            self.without.push(self.met);
+        }
+        self.met += 1;
+    }
+}
+
+law!(
+    /// Every trained tensor learns, also after loading; the base keeps every bit.
+    gradients_reach_the_adapters_alone,
+    |case| {
+        let before = all_values(&case.model);
+        let folder = tempfile::tempdir().expect("makes a folder");
+        let config = AdapterConfig::new(case.method.clone());
+        save(folder.path(), &config, &case.sites, &case.trained(1)).expect("is written");
+        let device = case.device.clone().autodiff();
+        let (_, loaded) = load::<T>(folder.path(), &case.sites, &device).expect("is whole");
+        for (what, mut adapters) in [("made", case.trained(1)), ("loaded", loaded)] {
+            let mut optimizer = AdamConfig::new().init();
+            for step in 0..2 {
+                let y = case.model.forward(&case.ids, &Scope::new(&adapters));
+                let grads = GradientsParams::from_grads((y.clone() * y).mean().backward(), &adapters);
+                let mut seen = Gradients { found: &grads, without: Vec::new(), met: 0 };
+                adapters.visit(&mut seen);
+                assert!(seen.met > 0 && grads.len() == seen.met, "{}", case.name);
+                assert!(seen.without.is_empty(), "{} {what} step {step}: {:?}", case.name, seen.without);
+                let old = all_values(&adapters);
+                adapters = optimizer.step(0.01, adapters, grads);
+                assert!(all_values(&adapters).iter().zip(&old).all(|(new, old)| new != old));
+            }
+        }
+        assert_eq!(all_values(&case.model), before, "{}", case.name);
+    }
+);
+
+law!(
+    /// What is written is read back, bit for bit, and writing it again gives the same bytes.
+    saving_loses_nothing,
+    |case| {
+        let adapters = case.trained(2).valid();
+        let [first, second] = [1, 2].map(|_| tempfile::tempdir().expect("makes a folder"));
+        let config = AdapterConfig::new(case.method.clone());
+        save(first.path(), &config, &case.sites, &adapters).expect("is written");
+        let (config, again) = load::<T>(first.path(), &case.sites, &case.device).expect("is whole");
+        assert_eq!(again.places(), adapters.places(), "{}", case.name);
+        assert_eq!(case.forward(&Scope::new(&again)), case.forward(&Scope::new(&adapters)));
+        save(second.path(), &config, &case.sites, &again).expect("is written");
+        for name in ["adapter_config.json", "adapter_model.safetensors"] {
+            let [a, b] = [&first, &second].map(|f| std::fs::read(f.path().join(name)).expect("is there"));
+            assert_eq!(a, b, "{} {name}", case.name);
+        }
+    }
+);
+
+law!(
+    /// Weights add up the effects: mixing is merging with those weights, and (1, 0) is the first.
+    mixing_is_a_weighted_sum,
+    |case| {
+        let [one, two] = [1, 2].map(|seed| case.trained(seed).valid());
+        let mut bank = Bank::new();
+        bank.insert("one", one.clone());
+        bank.insert("two", two.clone());
+        let alone = case.forward(&Scope::new(&one));
+        let first = bank.mix(&[("one", 1.0), ("two", 0.0)]).expect("are held");
+        assert_eq!(case.forward(&Scope::new(&first)), alone, "{}", case.name);
+        let only = bank.only("one").expect("is held");
+        assert_eq!(case.forward(&Scope::new(&only)), alone, "{}", case.name);
+        let both = case.forward(&Scope::new(&(one.clone(), two.clone())));
+        let mixed = bank.mix(&[("one", 1.0), ("two", 1.0)]).expect("are held");
+        close(&case.forward(&Scope::new(&mixed)), &both, &case.name);
+        let (Some(a), Some(b)) = (Folded::<T>::new(&one), Folded::<T>::new(&two)) else { return };
+        let parts: [(&dyn Folds, f64); 2] = [(&a, 0.75), (&b, -0.5)];
+        let merged = merge(&case.model, &parts).expect("is finite");
+        let mixed = bank.mix(&[("one", 0.75), ("two", -0.5)]).expect("are held");
+        close(&case.forward(&Scope::new(&mixed)), &values(merged.plain(&case.ids)), &case.name);
+    }
+);
+
+law!(
+    /// One adapter a row gives each row what a call with that adapter gives it.
+    rows_are_separate_calls,
+    |case| {
+        let mut bank = Bank::new();
+        for (name, seed) in [("one", 1), ("two", 2)] {
+            bank.insert(name, case.trained(seed).valid());
+        }
+        let routed = ["two", BASE, "one", "two"];
+        let selection = bank.rows(&routed, &case.device).expect("are held");
+        let found = case.forward(&Scope::new(&selection));
+        let width = found.len() / routed.len();
+        for (row, name) in routed.iter().enumerate() {
+            let whole = match *name {
+                BASE => case.forward(&Scope::plain()),
+                name => case.forward(&Scope::new(&bank.only(name).expect("is held"))),
+            };
+            let part = row * width..(row + 1) * width;
+            close(&found[part.clone()], &whole[part], &format!("{} row {row}", case.name));
+        }
+        assert!(bank.only("three").is_err_and(|e| e.to_string().contains("one, two")));
+    }
+);
+
+law!(
+    /// As many as the paper's formula says, and as the summary shows.
+    parameters_are_as_in_the_paper,
+    |case| {
+        let adapters = case.adapters(0).expect("fits");
+        let mut expected = 0;
+        for (path, adapter) in adapters.iter() {
+            let site = case.sites.get(path).expect("was found by it");
+            assert_eq!(adapter.num_params(), case.method.parameters(site), "{} {path}", case.name);
+            expected += case.method.parameters(site);
+        }
+        expected += adapters.copies().map(|(_, copy)| copy.num_params()).sum::<usize>();
+        let summary = burn_peft::core::Summary::new(&case.sites, &adapters);
+        assert_eq!(summary.trainable, expected, "{}", case.name);
+        assert_eq!(summary.total, case.model.num_params() + expected, "{}", case.name);
+    }
+);
+
+law!(
+    /// The seed and the path decide, and nothing else.
+    seeds_decide,
+    |case| {
+        let [a, again, other] = [7, 7, 8].map(|seed| all_values(&case.adapters(seed).expect("fits")));
+        assert_eq!(a, again, "{}", case.name);
+        assert_ne!(a, other, "{}", case.name);
+        let adapters = case.trained(1);
+        let draw = |seed| {
+            case.device.seed(seed);
+            values(case.model.forward(&case.ids, &Scope::new(&adapters)).inner())
+        };
+        assert_eq!(draw(5), draw(5), "{}", case.name);
+    }
+);
+
+struct Broken(bool);
+
+impl ModuleMapper for Broken {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if std::mem::replace(&mut self.0, true) {
+            return param;
+        }
+        let mut values = values(param.base());
+        values[0] = f32::NAN;
+        let shape = param.dims();
+        fresh(&param, TensorData::new(values, shape))
+    }
+}
+
+law!(
+    /// A broken adapter is not folded into a good model.
+    nan_is_not_merged,
+    |case| {
+        let adapters = case.trained(1).valid().map(&mut Broken(false));
+        let Some(folds) = Folded::<T>::new(&adapters) else { return };
+        let refused = merge(&case.model, &[(&folds, 1.0)]);
+        assert!(refused.is_err_and(|e| e.to_string().contains("NaN")), "{}", case.name);
+    }
+);
+
+law!(
+    /// Every backend of the build gives what the first gives.
+    backends_agree,
+    |case| {
+        let first = device::by_name(device::names()[0]).expect("is in the build");
+        let there = Case::<T> {
+            name: case.name.clone(),
+            method: case.method.clone(),
+            model: Probe::new(&first),
+            sites: Sites::of(&Probe::new(&first), Some("head")),
+            ids: ids(&first),
+            device: first,
+            linear_only: case.linear_only,
+        };
+        let [a, b] = [case, &there].map(|case| case.forward(&Scope::new(&case.trained(1).valid())));
+        close(&a, &b, &case.name);
+    }
+);
+
+law!(
+    /// Adapters for another model are refused with the name of what does not fit.
+    another_base_is_refused,
+    |case| {
+        let folder = tempfile::tempdir().expect("makes a folder");
+        let config = AdapterConfig::new(case.method.clone());
+        save(folder.path(), &config, &case.sites, &case.trained(1)).expect("is written");
+        let mut other = case.sites.clone();
+        let wide = burn::nn::LinearConfig::new(8, 12).init(&case.device);
+        for site in other.all.iter_mut().filter(|site| site.path == "query") {
+            site.weight = burn_peft::core::Value::D2(wide.weight.val());
+            site.bias = wide.bias.as_ref().map(|b| b.val());
+        }
+        let refused = load::<T>(folder.path(), &other, &case.device).expect_err("does not fit");
+        let said = refused.to_string();
+        assert!(said.contains("query") && said.contains("expected"), "{}: {said}", case.name);
+        other.all.retain(|site| site.path != "query");
+        assert!(load::<T>(folder.path(), &other, &case.device).is_err(), "{}", case.name);
+    }
+);
+
+#[test]
+fn every_method_is_found_by_its_name() {
+    struct Ask;
+    impl burn_peft::registry::Job for Ask {
+        type Output = &'static str;
+        fn run<T: Method>(self) -> &'static str {
+            T::NAME
+        }
+    }
+    for name in NAMES {
+        let lower = name.to_lowercase();
+        assert_eq!(burn_peft::registry::with_method(&lower, Ask).expect("is listed"), *name);
+    }
+    let unknown = burn_peft::registry::with_method("nonsense", Ask).expect_err("is not listed");
+    assert!(unknown.to_string().contains(NAMES[0]));
+}
+
+#[test]
+fn targets_that_match_nothing_list_near_names() {
+    let model = Probe::new(&device::by_name(device::names()[0]).expect("is in the build"));
+    let sites = Sites::of(&model, Some("head"));
+    struct Refused<'a>(&'a Sites);
+    impl ForEach for Refused<'_> {
+        fn visit<T: Method>(&mut self) {
+            for method in T::samples(&Targets::list(["quary"])) {
+                let device = self.0.all[0].device().autodiff();
+                let said =
+                    adapt(self.0, &method, 0, &device).expect_err("matches nothing").to_string();
+                assert!(said.contains("`quary`") && said.contains("query"), "{said}");
+            }
+        }
+    }
+    for_each_method(&mut Refused(&sites));
+}
+
+#[test]
+fn the_example_runs() {
+    any_model::main();
+}

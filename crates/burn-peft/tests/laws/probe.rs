@@ -1,0 +1,159 @@
+//! A model with a place of every kind, and what the laws need around it.
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::nn::conv::{Conv1d, Conv1dConfig, Conv2d, Conv2dConfig};
+use burn::nn::{
+    Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig, PaddingConfig1d,
+};
+use burn::tensor::activation::relu;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn_peft::core::{Kind, Method, Names, Scope, Sites, Targets};
+
+const VOCAB: usize = 11;
+const WIDTH: usize = 8;
+const SEQ: usize = 5;
+
+/// Words, two linear layers, both convolutions, a norm and a head.
+#[derive(Module, Debug)]
+pub(crate) struct Probe {
+    words: Embedding,
+    query: Linear,
+    conv: Conv1d,
+    image: Conv2d,
+    norm: LayerNorm,
+    mix: Linear,
+    head: Linear,
+}
+
+impl Probe {
+    /// The same numbers on every device.
+    pub(crate) fn new(device: &Device) -> Self {
+        let conv = Conv1dConfig::new(WIDTH, 6, 3).with_padding(PaddingConfig1d::Same);
+        let model = Self {
+            words: EmbeddingConfig::new(VOCAB, WIDTH).init(device),
+            query: LinearConfig::new(WIDTH, WIDTH).init(device),
+            conv: conv.init(device),
+            image: Conv2dConfig::new([1, 3], [2, 2]).with_stride([1, 2]).init(device),
+            norm: LayerNormConfig::new(9).init(device),
+            mix: LinearConfig::new(9, 7).init(device),
+            head: LinearConfig::new(7, 4).init(device),
+        };
+        model.map(&mut Drawn::new(1, 0.5))
+    }
+
+    /// As a model of the zoo is written: every layer through the scope.
+    pub(crate) fn forward(&self, ids: &Tensor<2, Int>, cx: &Scope<'_>) -> Tensor<3> {
+        let x = cx.at("words").embedding(&self.words, ids.clone());
+        let x = relu(cx.at("query").linear(&self.query, x));
+        let x = cx.at("conv").conv1d(&self.conv, x.swap_dims(1, 2)); // [batch, 6, seq]
+        let x = cx.at("image").conv2d(&self.image, x.swap_dims(1, 2).unsqueeze_dim(1));
+        let x = cx.at("norm").layer_norm(&self.norm, flat(x));
+        let x = relu(cx.at("mix").linear(&self.mix, x));
+        cx.at("head").linear(&self.head, x)
+    }
+
+    /// As Burn's users write it: a model that knows of no adapters.
+    pub(crate) fn plain(&self, ids: &Tensor<2, Int>) -> Tensor<3> {
+        let x = self.words.forward(ids.clone());
+        let x = relu(self.query.forward(x));
+        let x = self.conv.forward(x.swap_dims(1, 2));
+        let x = self.image.forward(x.swap_dims(1, 2).unsqueeze_dim(1));
+        let x = self.norm.forward(flat(x));
+        self.head.forward(relu(self.mix.forward(x)))
+    }
+}
+
+/// `[batch, 3, h, w]` → `[batch, h, 3 · w]`.
+fn flat(x: Tensor<4>) -> Tensor<3> {
+    let [batch, channels, height, width] = x.dims();
+    x.swap_dims(1, 2).reshape([batch, height, channels * width])
+}
+
+/// Four rows of words.
+pub(crate) fn ids(device: &Device) -> Tensor<2, Int> {
+    let values: Vec<i32> = (0..4 * SEQ as i32).map(|i| (i * 7 + i / 3) % VOCAB as i32).collect();
+    Tensor::from_data(TensorData::new(values, [4, SEQ]), device)
+}
+
+/// The linear places, and all that the method serves but the head, by name.
+pub(crate) fn targets<T: Method>(sites: &Sites) -> [Targets; 2] {
+    let of = |serves: &dyn Fn(Kind) -> bool| Targets {
+        target_modules: Some(
+            sites
+                .all
+                .iter()
+                .filter(|site| serves(site.kind) && site.path != "head")
+                .map(|site| site.path.clone())
+                .collect::<Names>(),
+        ),
+        ..Targets::default()
+    };
+    [of(&|kind| kind == Kind::Linear), of(&|kind| T::KINDS.contains(&kind))]
+}
+
+/// Gives every parameter values drawn from a seed.
+pub(crate) struct Drawn {
+    state: u64,
+    size: f32,
+}
+
+impl Drawn {
+    pub(crate) fn new(seed: u64, size: f32) -> Self {
+        Self { state: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15), size }
+    }
+
+    fn next(&mut self) -> f32 {
+        // Knuth's generator; its high bits are good enough here.
+        self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let unit = (self.state >> 40) as f32 / (1_u64 << 24) as f32;
+        (2.0 * unit - 1.0) * self.size
+    }
+}
+
+impl ModuleMapper for Drawn {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let shape = param.dims();
+        let count = shape.iter().product();
+        let values: Vec<f32> = (0..count).map(|_| self.next()).collect();
+        fresh(&param, TensorData::new(values, shape))
+    }
+}
+
+/// The same parameter with other values, still a leaf.
+pub(crate) fn fresh<const D: usize>(
+    param: &Param<Tensor<D>>,
+    data: TensorData,
+) -> Param<Tensor<D>> {
+    let leaf = Param::from_tensor(Tensor::from_data(data, &param.device()));
+    Param::initialized(param.id, leaf.val())
+}
+
+/// All parameters' values, by the order of the module.
+#[derive(Default)]
+pub(crate) struct Values(Vec<Vec<f32>>);
+
+impl ModuleVisitor for Values {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.0.push(values(param.base()));
+    }
+}
+
+pub(crate) fn all_values<M: Module>(module: &M) -> Vec<Vec<f32>> {
+    let mut found = Values::default();
+    module.visit(&mut found);
+    found.0
+}
+
+pub(crate) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.into_data().convert::<f32>().try_to_vec().expect("is f32")
+}
+
+/// A few hundred roundings of numbers of this size.
+#[track_caller]
+pub(crate) fn close(found: &[f32], expected: &[f32], what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    let size = expected.iter().fold(1.0_f32, |size, x| size.max(x.abs()));
+    let bound = 256.0 * f32::EPSILON * size;
+    let far = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(far <= bound, "{what}: differs by {far}, expected at most {bound}");
+}
