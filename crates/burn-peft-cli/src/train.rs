@@ -237,17 +237,9 @@ fn classification(setup: &Setup) -> Result<(), Failure> {
         &setup.device,
         edit,
     )?;
-    let check = |items: &[ClassItem]| -> Result<(), Failure> {
-        let longest = items.iter().max_by_key(|item| item.ids.len());
-        match longest {
-            Some(item) => {
-                let batch = class_batch(std::slice::from_ref(item), &[0], pad);
-                Ok(loaded.model.check(&batch.tokens)?)
-            }
-            None => Ok(()),
-        }
-    };
-    check(&train)?;
+    for item in [Some(&train), Some(&valid), test.as_ref()].into_iter().flatten().flat_map(|i| &**i) {
+        loaded.model.check(&class_batch(std::slice::from_ref(item), &[0], pad).tokens)?;
+    }
     // Whatever nobody trained before is trained now, and travels with the adapter.
     let fresh = |name: &String| name.rsplit_once('.').map(|(place, _)| place.to_owned());
     let mut saved: Vec<String> = loaded.fresh.iter().filter_map(fresh).collect();
@@ -285,7 +277,6 @@ fn causal(setup: &Setup) -> Result<(), Failure> {
     let args = &setup.args;
     let path = need(&args.train_file, "train-file")?;
     let tokenizer = TextTokenizer::load(&setup.model)?;
-    let max_length = args.max_length.unwrap_or(512);
     let unit = match args.text_unit.as_deref() {
         None | Some("paragraph") => TextUnit::Paragraph,
         Some("line") => TextUnit::Line,
@@ -303,6 +294,7 @@ fn causal(setup: &Setup) -> Result<(), Failure> {
         &setup.device,
         |_| (),
     )?;
+    let max_length = args.max_length.unwrap_or(512.min(loaded.model.max_positions()));
     if max_length < 2 || max_length > loaded.model.max_positions() {
         return Err(Failure::new(format!(
             "--max-length: expected 2 to {}, the model's positions, found {max_length}",

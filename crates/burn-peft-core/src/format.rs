@@ -174,7 +174,7 @@ pub fn save<T: Method>(
         let bias = bias_name(path, adapters.get(path).is_some(), copy_is_whole(copy));
         if let Some(weight) = &copy.weight {
             let name = format!("{PREFIX}.{path}.weight");
-            tensors.push((name, weight_data(site, weight)));
+            tensors.push((name, weight_data(site, weight.val())));
         }
         if let Some(scale) = &copy.scale {
             tensors.push((format!("{PREFIX}.{path}.weight"), scale.val().into_data()));
@@ -200,13 +200,13 @@ fn bias_name(path: &str, adapted: bool, whole: bool) -> String {
 }
 
 /// A copied weight in PyTorch's layout: linear `[out, in]`, embedding as it is, convolutions as they are.
-fn weight_data(site: &Site, weight: &Param<Tensor<2>>) -> TensorData {
+fn weight_data(site: &Site, weight: Tensor<2>) -> TensorData {
     let shape = site.weight.shape();
     match site.kind {
-        crate::Kind::Linear => weight.val().transpose().into_data(),
-        crate::Kind::Embedding | crate::Kind::Norm => weight.val().into_data(),
+        crate::Kind::Linear => weight.transpose().into_data(),
+        crate::Kind::Embedding | crate::Kind::Norm => weight.into_data(),
         crate::Kind::Conv1d | crate::Kind::Conv2d => {
-            let (bytes, _, dtype) = weight.val().transpose().into_data().into_parts();
+            let (bytes, _, dtype) = weight.transpose().into_data().into_parts();
             TensorData::from_bytes(bytes, shape, dtype)
         }
     }
@@ -239,6 +239,9 @@ pub fn load<T: Method>(
         let mut place = PlaceTensors::new(&mut file, format!("{PREFIX}.{}", site.path));
         layers.push((site.path.clone(), method.restore(site, &mut place, device)?));
     }
+    for site in &chosen {
+        drop_base_weight(site, &mut file)?;
+    }
     let mut copied = Vec::new();
     for (path, part) in copies(sites, method, &adapted, Strictness::Any)? {
         let site = site(sites, path)?;
@@ -258,6 +261,24 @@ pub fn load<T: Method>(
         ));
     }
     Ok((config, Adapters::new(layers, copied)))
+}
+
+/// HF PEFT writes the weight of an adapted embedding along; here it stays with the base model.
+fn drop_base_weight(site: &Site, file: &mut TensorFile) -> Result<(), Error> {
+    let name = format!("{PREFIX}.{}.base_layer.weight", site.path);
+    let (true, Some(own)) = (file.has(&name), site.matrix()) else {
+        return Ok(());
+    };
+    let own = weight_data(site, own).convert::<f32>();
+    let stored = file.take_data(&name)?.convert::<f32>();
+    match stored.shape() == own.shape() && stored.as_bytes() == own.as_bytes() {
+        true => Ok(()),
+        false => Err(Error::tensor(
+            name,
+            "the base model's own weight",
+            "another one; was the base resized or trained with the adapter?",
+        )),
+    }
 }
 
 fn restore_copy(
