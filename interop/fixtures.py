@@ -53,6 +53,8 @@ def models():
               "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
     write_model("llama-tied-llama3-bf16", tiny.llama(tie_word_embeddings=True, rope_parameters=llama3),
                 tiny.inputs(), torch.bfloat16)
+    for name in ["bert", "llama"]:
+        tiny.tokenizer(ROOT / "models" / name)
     linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
     write_model("llama-linear-sharded-f16", tiny.llama(num_key_value_heads=4, rope_parameters=linear,
                 attention_bias=True, mlp_bias=True), tiny.inputs(), torch.float16, max_shard_size="20KB")
@@ -115,6 +117,11 @@ def write_adapter(name, model, tensors, base):
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()  # written out of a set
+    path.write_text(json.dumps(config, indent=2, sort_keys=True))
     golden(folder, tensors)
 
 
