@@ -4,7 +4,7 @@ use crate::args::ModelArgs;
 use crate::failure::Failure;
 use crate::files::{head_rows, read_labels};
 use burn::tensor::Device;
-use burn_peft::core::{Overlay, Sites};
+use burn_peft::core::{Overlay, Sites, peft_type};
 use burn_peft::models::{
     BertConfig, BertForSequenceClassification, LlamaForCausalLM, Loaded, Precision, Pretrained,
     model_type,
@@ -130,6 +130,7 @@ pub(crate) fn classifier(
     let mut labels = None;
     let mut rows = None;
     for folder in &args.adapter {
+        peft_type(folder)?;
         labels = labels.or(read_labels(folder)?);
         rows = rows.or(head_rows(folder, BertForSequenceClassification::OUTPUT)?);
     }

@@ -22,6 +22,8 @@ use burn_peft::train::{
     Collate, Console, EvalFeed, Event, MetricsFile, Objective, Observer, Options, Report, Run,
     TrainFeed, measure,
 };
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -37,7 +39,11 @@ fn merged(args: TrainArgs) -> Result<(TrainArgs, Map<String, Value>), Failure> {
         Some(path) => {
             let said = |e: String| Failure::new(format!("{}: {e}", path.display()));
             let text = std::fs::read_to_string(path).map_err(|e| said(e.to_string()))?;
-            toml::from_str(&text).map_err(|e| said(e.to_string()))?
+            toml::from_str(&text).map_err(|e| {
+                let start = e.span().map_or(0, |span| span.start);
+                let line = text[..start].matches('\n').count() + 1;
+                said(format!("line {line}: {}", e.message().replace('\n', ", ")))
+            })?
         }
     };
     let object = |args: &TrainArgs| match serde_json::to_value(args) {
@@ -55,20 +61,36 @@ fn merged(args: TrainArgs) -> Result<(TrainArgs, Map<String, Value>), Failure> {
 }
 
 /// The fields that a struct has, taken out of all arguments.
-fn part<T: serde::Serialize + serde::de::DeserializeOwned>(
+fn part<T: Serialize + DeserializeOwned>(
     whole: &T,
     fields: &Map<String, Value>,
     what: &str,
 ) -> Result<T, Failure> {
-    let Ok(Value::Object(mut own)) = serde_json::to_value(whole) else {
+    let Ok(Value::Object(own)) = serde_json::to_value(whole) else {
         return Err(Failure::new(format!("{what}: cannot be read")));
     };
-    for (name, value) in &mut own {
-        if let Some(given) = fields.get(name) {
-            *value = given.clone();
-        }
-    }
-    serde_json::from_value(Value::Object(own)).map_err(|e| Failure::new(format!("{what}: {e}")))
+    let given = fields.iter().filter(|(name, _)| own.contains_key(*name));
+    let given = given.map(|(name, value)| (name.clone(), value.clone())).collect();
+    read(&own, &given, what)
+}
+
+/// A struct out of `start` with `given` laid over it; an error names the field.
+fn read<T: DeserializeOwned>(
+    start: &Map<String, Value>,
+    given: &Map<String, Value>,
+    what: &str,
+) -> Result<T, Failure> {
+    let mut whole = start.clone();
+    whole.extend(given.clone());
+    serde_json::from_value(Value::Object(whole)).map_err(|error| {
+        let alone = |(name, value): (&String, &Value)| {
+            let mut one = start.clone();
+            one.insert(name.clone(), value.clone());
+            let error = serde_json::from_value::<T>(Value::Object(one)).err()?;
+            Some(format!("{what}: {name}: {error}"))
+        };
+        Failure::new(given.iter().find_map(alone).unwrap_or(format!("{what}: {error}")))
+    })
 }
 
 fn need<'a>(value: &'a Option<PathBuf>, flag: &str) -> Result<&'a Path, Failure> {
@@ -237,7 +259,8 @@ fn classification(setup: &Setup) -> Result<(), Failure> {
         &setup.device,
         edit,
     )?;
-    for item in [Some(&train), Some(&valid), test.as_ref()].into_iter().flatten().flat_map(|i| &**i) {
+    for item in [Some(&train), Some(&valid), test.as_ref()].into_iter().flatten().flat_map(|i| &**i)
+    {
         loaded.model.check(&class_batch(std::slice::from_ref(item), &[0], pad).tokens)?;
     }
     // Whatever nobody trained before is trained now, and travels with the adapter.
@@ -383,8 +406,7 @@ fn configure<T: Method>(setup: &Setup, saved: &[String]) -> Result<T, Failure> {
     let args = &setup.args;
     let fields = method_fields(args, &setup.fields)?;
     let what = format!("--method {}", T::NAME.to_lowercase());
-    let mut method: T = serde_json::from_value(Value::Object(fields.clone()))
-        .map_err(|e| Failure::new(format!("{what}: {e}")))?;
+    let mut method: T = read(&Map::new(), &fields, &what)?;
     // A field that the method does not have would be lost silently.
     let known = serde_json::to_value(&method).map_err(|e| Failure::new(format!("{what}: {e}")))?;
     if let Some(unknown) = fields.keys().find(|field| known.get(field.as_str()).is_none()) {

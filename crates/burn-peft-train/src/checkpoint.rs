@@ -1,6 +1,6 @@
 //! Where a run is: enough to go on to the same numbers.
 
-use crate::{Event, TrainError};
+use crate::{Event, Report, TrainError};
 use burn::module::Module;
 use burn::store::ModuleRecord;
 use burn::train::checkpoint::{CheckpointingAction, CheckpointingStrategy};
@@ -25,6 +25,8 @@ pub struct State {
     pub worse: usize,
     /// Step of the last evaluation.
     pub evaluated: Option<usize>,
+    /// What the steps since the last line of metrics came to.
+    pub window: Report,
     /// Training seconds before this checkpoint.
     pub seconds: f64,
 }

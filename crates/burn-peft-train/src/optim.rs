@@ -31,13 +31,14 @@ impl<O: Optimizer> Optimizer for Faster<O> {
     }
 }
 
-/// Ids of parameters whose name is one of `names`, and of those with one axis (biases, norms).
+/// Paths of parameters whose name is one of `names`, and of those with one axis (biases, norms).
+/// Paths and not ids: a resumed run brings the ids of the run before.
 #[derive(Default)]
 struct Groups<'n> {
     names: &'n [&'n str],
     stack: Vec<String>,
-    faster: Vec<burn::module::ParamId>,
-    vectors: Vec<burn::module::ParamId>,
+    faster: Vec<String>,
+    vectors: Vec<String>,
 }
 
 impl ModuleVisitor for Groups<'_> {
@@ -47,11 +48,11 @@ impl ModuleVisitor for Groups<'_> {
     fn exit_module(&mut self, _name: &str, _container_type: &str) {
         self.stack.pop();
     }
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+    fn visit_float<const D: usize>(&mut self, _param: &Param<Tensor<D>>) {
         if self.stack.last().is_some_and(|name| self.names.contains(&name.as_str())) {
-            self.faster.push(param.id);
+            self.faster.push(self.stack.join("."));
         } else if D == 1 {
-            self.vectors.push(param.id);
+            self.vectors.push(self.stack.join("."));
         }
     }
 }
@@ -66,13 +67,13 @@ pub(crate) fn adamw<M: Module>(module: &M, options: &Options, faster: &[&str]) -
     module.visit(&mut groups);
     let mut optimizer = ModuleOptimizer::from(build(options.weight_decay));
     if !groups.vectors.is_empty() {
-        optimizer = optimizer.with_group(ParamGroup::from_ids(groups.vectors), build(0.0), None);
+        optimizer = optimizer.with_group(ParamGroup::from_paths(groups.vectors), build(0.0), None);
     }
     if let Some(ratio) = options.loraplus_lr_ratio
         && !groups.faster.is_empty()
     {
         let inner = build(options.weight_decay);
-        let group = ParamGroup::from_ids(groups.faster);
+        let group = ParamGroup::from_paths(groups.faster);
         optimizer = optimizer.with_group(group, Faster { inner, ratio }, None);
     }
     optimizer

@@ -183,7 +183,6 @@ struct Loop {
 struct Progress<M> {
     state: State,
     best: Option<M>,
-    window: Report,
     window_began: Instant,
     began: Instant,
     tokens: (usize, usize),
@@ -207,7 +206,6 @@ where
         let mut progress = Progress {
             state: self.start.clone(),
             best: None,
-            window: Report::default(),
             window_began: Instant::now(),
             began: Instant::now(),
             tokens: (0, 0),
@@ -253,7 +251,7 @@ impl Loop {
             }
             learner.optimizer_step(output.grads);
             at.state.step = index + 1;
-            at.window = at.window.and(report);
+            at.state.window = at.state.window.and(report);
             at.tokens.0 += report.tokens;
             at.tokens.1 += report.padded;
             observer.step(at.state.step, &report);
@@ -263,7 +261,7 @@ impl Loop {
             let epoch = at.state.step as f64 / per_epoch as f64;
             if at.state.step.is_multiple_of(self.options.logging_steps) || ends {
                 observer.event(&train_event(at, epoch, rate));
-                at.window = Report::default();
+                at.state.window = Report::default();
                 at.window_began = Instant::now();
             }
             let due =
@@ -372,15 +370,15 @@ impl Loop {
 
 fn train_event<M>(at: &Progress<M>, epoch: f64, learning_rate: f64) -> Event {
     let seconds = at.window_began.elapsed().as_secs_f64().max(1e-9);
-    let padded = at.window.padded.max(1) as f64;
+    let padded = at.state.window.padded.max(1) as f64;
     Event::Train {
         step: at.state.step,
         epoch,
-        loss: at.window.loss,
-        accuracy: at.window.accuracy(),
-        grad_norm: at.window.grad_norm,
+        loss: at.state.window.loss,
+        accuracy: at.state.window.accuracy(),
+        grad_norm: at.state.window.grad_norm,
         learning_rate,
-        tokens_per_second: at.window.tokens as f64 / seconds,
-        padding: 1.0 - at.window.tokens as f64 / padded,
+        tokens_per_second: at.state.window.tokens as f64 / seconds,
+        padding: 1.0 - at.state.window.tokens as f64 / padded,
     }
 }

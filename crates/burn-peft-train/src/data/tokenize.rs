@@ -3,7 +3,7 @@
 use super::{ChatTemplate, DataError};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use tokenizers::{EncodeInput, Tokenizer, TruncationParams};
+use tokenizers::{EncodeInput, PostProcessor, Tokenizer, TruncationParams};
 
 /// A model's tokenizer with what its folder says about special tokens and chats.
 #[derive(Debug, Clone)]
@@ -127,6 +127,15 @@ impl TextTokenizer {
         texts: &[(&str, Option<&str>)],
         max_length: usize,
     ) -> Result<Vec<Encoded>, DataError> {
+        let pairs = texts.iter().any(|(_, pair)| pair.is_some());
+        let special = self.inner.get_post_processor().map_or(0, |added| added.added_tokens(pairs));
+        if max_length <= special {
+            let reason = format!(
+                "max_length: expected more than the {special} special tokens that it adds, \
+                 found {max_length}"
+            );
+            return Err(DataError::file(&self.path, reason));
+        }
         let mut cutting = self.inner.clone();
         let truncation = TruncationParams { max_length, ..TruncationParams::default() };
         cutting.with_truncation(Some(truncation)).map_err(|e| self.failed(&e))?;
