@@ -13,5 +13,7 @@ pub(crate) struct BenchArgs {
 
 /// Runs the benchmarks.
 pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
-    exec::run(exec::cargo(["bench", "--package", "burn-peft-benches", "--"]).args(&args.rest))
+    // The profile that the tests use, so that Burn is not compiled once more.
+    let bench = ["bench", "--workspace", "--profile", "dev", "--bench", "factored", "--"];
+    exec::run(exec::cargo(bench).args(&args.rest))
 }

@@ -1,0 +1,1 @@
+//! Nothing to use: the measurements are in `benches/`.

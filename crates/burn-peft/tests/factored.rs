@@ -1,0 +1,78 @@
+//! No method falls back to a dense difference in silence: a step over a wide layer must not
+//! allocate as much as its weight. A binary of its own, because it counts every allocation.
+
+use burn::module::Module;
+use burn::nn::{Linear, LinearConfig};
+use burn::tensor::{Device, Distribution, Tensor};
+use burn_peft::core::{Method, Scope, Sites, Targets, adapt, attach};
+use burn_peft::reparam::Lora;
+use burn_peft::registry::{ForEach, for_each_method};
+
+#[global_allocator]
+static ALLOCATOR: dhat::Alloc = dhat::Alloc;
+
+const WIDTH: usize = 768;
+const WEIGHT: u64 = (WIDTH * WIDTH * size_of::<f32>()) as u64;
+
+#[derive(Module, Debug)]
+struct Wide {
+    query: Linear,
+    head: Linear,
+}
+
+impl Wide {
+    fn forward(&self, x: &Tensor<3>, cx: &Scope<'_>) -> Tensor<3> {
+        let x = cx.at("query").linear(&self.query, x.clone());
+        cx.at("head").linear(&self.head, x)
+    }
+}
+
+/// Bytes that were allocated by `work`, freed or not.
+fn allocated<T>(work: impl FnOnce() -> T) -> u64 {
+    let before = dhat::HeapStats::get().total_bytes;
+    drop(work());
+    dhat::HeapStats::get().total_bytes - before
+}
+
+struct Factored {
+    device: Device,
+    model: Wide,
+    x: Tensor<3>,
+    plain: u64,
+}
+
+impl ForEach for Factored {
+    fn visit<T: Method>(&mut self) {
+        let sites = Sites::of(&self.model, None);
+        for method in T::samples(&Targets::list(["query"])) {
+            let adapters = adapt(&sites, &method, 0, &self.device.clone().autodiff()).expect("fits");
+            let forward = || self.model.forward(&self.x, &Scope::new(&adapters));
+            let _ = forward();
+            let forwards = allocated(forward);
+            assert!(forwards < self.plain + WEIGHT / 2, "{method:?}: {forwards} bytes forward");
+        }
+    }
+}
+
+#[test]
+fn a_step_allocates_less_than_a_weight() {
+    let _counting = dhat::Profiler::builder().testing().build();
+    let device = Device::flex();
+    let model = Wide {
+        query: LinearConfig::new(WIDTH, WIDTH).init(&device),
+        head: LinearConfig::new(WIDTH, 2).init(&device),
+    };
+    let x = Tensor::random([1, 2, WIDTH], Distribution::Default, &device);
+    let plain = || model.forward(&x, &Scope::plain());
+    let _ = plain();
+    let bytes = allocated(plain);
+
+    // The measure can fail: the dense way does allocate a weight.
+    let lora = Lora::new(4, 8.0, Targets::list(["query"]));
+    let adapters = adapt(&Sites::of(&model, None), &lora, 0, &device.clone().autodiff());
+    let attached = attach(model.clone(), &adapters.expect("fits")).expect("is the same model");
+    let dense = allocated(|| attached.forward(&x, &Scope::plain()));
+    assert!(dense > bytes + WEIGHT / 2, "{dense} bytes dense, {bytes} plain");
+
+    for_each_method(&mut Factored { device, plain: bytes, x, model: model.clone() });
+}
