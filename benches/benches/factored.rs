@@ -9,9 +9,7 @@ use burn::module::{Lora as BuiltIn, Module, ParamGroup};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor};
 use burn_peft_core::{Adapters, Scope, Sites, Targets, adapt};
-use burn_peft_models::{
-    BertForSequenceClassification, LlamaForCausalLM, Pretrained, Tokens,
-};
+use burn_peft_models::{BertForSequenceClassification, LlamaForCausalLM, Pretrained, Tokens};
 use burn_peft_reparam::{Lora, LoraAdapter};
 use criterion::{Criterion, SamplingMode};
 use serde_json::{Value, json};
@@ -105,7 +103,8 @@ fn targets<M: Blocks>() -> Lora {
 /// Factors inside the blocks: what a step must have gradients for.
 fn factors<M: Blocks>() -> usize {
     let sites = Sites::of(&M::new(&Device::flex()), None);
-    let inside = |path: &str| path.contains("layer") && M::LINEARS.iter().any(|l| path.ends_with(l));
+    let inside =
+        |path: &str| path.contains("layer") && M::LINEARS.iter().any(|l| path.ends_with(l));
     2 * sites.all.iter().filter(|site| inside(&site.path)).count()
 }
 
@@ -184,7 +183,10 @@ fn main() {
         group.finish();
     }
     criterion.final_summary();
-    println!("{:<8}{:>14}{:>14}{:>10}{:>16}{:>16}{:>8}", "blocks", "apply_lora", "factored", "speedup", "apply_lora", "factored", "memory");
+    println!(
+        "{:<8}{:>14}{:>14}{:>10}{:>16}{:>16}{:>8}",
+        "blocks", "apply_lora", "factored", "speedup", "apply_lora", "factored", "memory"
+    );
     for blocks in BLOCKS {
         let names = WAYS.map(|way| format!("{blocks}/{way}"));
         let times = names.each_ref().map(|name| time(folder.path(), name));

@@ -41,8 +41,9 @@ pub(crate) fn output(command: &mut Command) -> Result<Vec<u8>, Failure> {
 /// Builds the program `burn-peft` and says where it lies.
 pub(crate) fn build_program(features: &[&str]) -> Result<PathBuf, Failure> {
     let format = "--message-format=json-render-diagnostics";
-    let mut command = cargo(["build", "--package", "burn-peft-cli", "--bin", "burn-peft", format]);
+    let mut command = cargo(["build", "--workspace", "--bin", "burn-peft", format]);
     if !features.is_empty() {
+        let features: Vec<_> = features.iter().map(|f| format!("burn-peft-cli/{f}")).collect();
         command.arg("--features").arg(features.join(","));
     }
     let messages = output(&mut command)?;

@@ -83,8 +83,8 @@ fn refusal(asset: &Asset, stderr: &str, remedy: &str) -> Failure {
     if stderr.contains("DO NOT MATCH THE HASHES") {
         return mismatch(asset, "another one");
     }
-    let error = stderr.lines().map(str::trim).filter(|line| !line.is_empty());
-    let error = error.filter(|line| line.starts_with("ERROR")).last().unwrap_or("pip failed");
+    let mut error = stderr.lines().map(str::trim).filter(|line| !line.is_empty());
+    let error = error.rfind(|line| line.starts_with("ERROR")).unwrap_or("pip failed");
     let error = error.trim_start_matches("ERROR:").trim().trim_end_matches('.');
     let again = "run it again when the package index can be reached";
     Failure::new(format!("{package} {version} was not downloaded: {error}; {again}, or {remedy}"))

@@ -17,11 +17,10 @@ pub(crate) struct TestArgs {
     rest: Vec<OsString>,
 }
 
-/// Runs the tests of this program, of the workspace, and of the examples outside it.
+/// Runs the tests of the workspace and of the examples outside it.
 pub(crate) fn run(args: &TestArgs) -> Result<(), Failure> {
-    // Compiled in seconds, and broken checks are worth knowing first.
-    exec::run(exec::cargo(["test", "--quiet", "--package", "xtask"]).args(&args.rest))?;
-    exec::run(exec::cargo(["test", "--workspace", "--exclude", "xtask"]).args(&args.rest))?;
+    // All at once: other sets of packages have other features, and compile Burn once more.
+    exec::run(exec::cargo(["test", "--workspace"]).args(&args.rest))?;
     let examples = outside(&places::root().join("examples"))?;
     if examples.is_empty() {
         return Ok(());
@@ -49,7 +48,8 @@ fn outside(examples: &Path) -> Result<Vec<PathBuf>, Failure> {
     Ok(manifests)
 }
 
-fn target() -> Result<PathBuf, Failure> {
+/// The workspace's build folder.
+pub(crate) fn target() -> Result<PathBuf, Failure> {
     let arguments = ["metadata", "--no-deps", "--format-version", "1"];
     let metadata = exec::output(&mut exec::cargo(arguments))?;
     let metadata: Value = serde_json::from_slice(&metadata)

@@ -94,7 +94,10 @@ impl<A: Module + ModuleDisplay + Adapter> Bank<A> {
                 return Ok((adapters, Share::Scale(1.0)));
             }
             let shape = [rows.len()];
-            Ok((adapters, Share::Rows(Tensor::from_data(TensorData::new(rows, shape), &device))))
+            Ok((
+                adapters,
+                Share::Rows(Box::new(Tensor::from_data(TensorData::new(rows, shape), &device))),
+            ))
         });
         Ok(Selection { parts: parts.collect::<Result<_, Error>>()? })
     }
@@ -103,7 +106,7 @@ impl<A: Module + ModuleDisplay + Adapter> Bank<A> {
 #[derive(Debug, Clone)]
 enum Share {
     Scale(f64),
-    Rows(Tensor<1, Int>),
+    Rows(Box<Tensor<1, Int>>),
 }
 
 /// Some adapters of a bank, each with its strength: an [`Overlay`].

@@ -222,7 +222,7 @@ fn replace<const D: usize>(param: &mut Param<Tensor<D>>, value: Option<Tensor<D>
 impl Laid<'_> {
     fn whole(&self, layer: &Linear, x: &Tensor<3>) -> Option<Tensor<3>> {
         match self.strength {
-            Strength::Scale(w) if w == 1.0 => self.adapter.linear_whole(layer, x),
+            Strength::Scale(1.0) => self.adapter.linear_whole(layer, x),
             _ => None,
         }
     }

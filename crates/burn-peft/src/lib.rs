@@ -1,4 +1,9 @@
-#![doc = include_str!("../../../README.md")]
+//! Parameter-efficient fine-tuning for Burn: the crates of the project under one name, the registry
+//! of methods, and backends by name.
+//!
+//! Begin with [`prelude`]: find the places of a model ([`core::Sites`]), choose a method
+//! ([`reparam::Lora`]), make adapters ([`core::adapt`]), and hand them to a model's forward
+//! ([`core::Scope`]). The repository's README shows it in ten lines.
 
 pub mod device;
 pub mod registry;
@@ -17,3 +22,8 @@ pub mod prelude {
     pub use burn_peft_models::*;
     pub use burn_peft_reparam::{Lora, LoraAdapter};
 }
+
+/// The README's code compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

@@ -1,12 +1,12 @@
-//! No method falls back to a dense difference in silence: a step over a wide layer must not
+//! No method falls back to a dense difference in silence: a forward pass through a wide layer must not
 //! allocate as much as its weight. A binary of its own, because it counts every allocation.
 
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Distribution, Tensor};
 use burn_peft::core::{Method, Scope, Sites, Targets, adapt, attach};
-use burn_peft::reparam::Lora;
 use burn_peft::registry::{ForEach, for_each_method};
+use burn_peft::reparam::Lora;
 
 #[global_allocator]
 static ALLOCATOR: dhat::Alloc = dhat::Alloc;
@@ -45,7 +45,8 @@ impl ForEach for Factored {
     fn visit<T: Method>(&mut self) {
         let sites = Sites::of(&self.model, None);
         for method in T::samples(&Targets::list(["query"])) {
-            let adapters = adapt(&sites, &method, 0, &self.device.clone().autodiff()).expect("fits");
+            let adapters =
+                adapt(&sites, &method, 0, &self.device.clone().autodiff()).expect("fits");
             let forward = || self.model.forward(&self.x, &Scope::new(&adapters));
             let _ = forward();
             let forwards = allocated(forward);
@@ -55,7 +56,7 @@ impl ForEach for Factored {
 }
 
 #[test]
-fn a_step_allocates_less_than_a_weight() {
+fn a_forward_pass_allocates_less_than_a_weight() {
     let _counting = dhat::Profiler::builder().testing().build();
     let device = Device::flex();
     let model = Wide {

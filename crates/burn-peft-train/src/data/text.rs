@@ -148,11 +148,11 @@ fn json(path: &Path, text: &str, columns: &Columns) -> Result<Vec<Example>, Data
     Ok(examples)
 }
 
+/// A JSON object and the line it stands on, counted from 1.
+type NumberedObject = (usize, serde_json::Map<String, Value>);
+
 /// The objects of a file of JSON lines, with their lines; blank lines are passed over.
-pub(crate) fn json_lines(
-    path: &Path,
-    text: &str,
-) -> Result<Vec<(usize, serde_json::Map<String, Value>)>, DataError> {
+pub(crate) fn json_lines(path: &Path, text: &str) -> Result<Vec<NumberedObject>, DataError> {
     let mut objects = Vec::new();
     for (index, row) in text.lines().enumerate() {
         if row.trim().is_empty() {

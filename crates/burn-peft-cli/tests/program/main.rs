@@ -21,7 +21,7 @@ struct Desk {
 impl Desk {
     fn new() -> Self {
         let desk = Self { folder: tempfile::tempdir().expect("makes a folder") };
-        let class = |i: usize| if i % 2 == 0 { "even" } else { "odd" };
+        let class = |i: usize| if i.is_multiple_of(2) { "even" } else { "odd" };
         let line = |i: usize| {
             format!("w{} w{} w{}\t{}\n", i % 40, (i * 7) % 40, 3 + 2 * (i % 2), class(i))
         };
