@@ -25,12 +25,13 @@ pub(crate) fn run(args: &TestArgs) -> Result<(), Failure> {
     if examples.is_empty() {
         return Ok(());
     }
-    let target = target()?;
+    // Unoptimised, because Burn is compiled once more, with the few features that they ask for.
+    let target = target()?.join("unoptimised");
     for manifest in examples {
         println!("\nExample outside the workspace: {}", manifest.display());
         let mut test = exec::cargo(["test", "--manifest-path"]);
-        // The workspace's own profile and folder, so that Burn is not compiled once more.
-        test.arg(&manifest).args(profile()?).env("CARGO_TARGET_DIR", &target);
+        test.arg(&manifest).args(["--locked", "--config", "profile.dev.debug=false"]);
+        test.env("CARGO_TARGET_DIR", &target);
         exec::run(test.args(&args.rest))?;
     }
     Ok(())
@@ -56,50 +57,4 @@ pub(crate) fn target() -> Result<PathBuf, Failure> {
         .map_err(|e| Failure::new(format!("cargo metadata: {e}")))?;
     let target = metadata["target_directory"].as_str().map(PathBuf::from);
     target.ok_or_else(|| Failure::new("cargo metadata names no target directory"))
-}
-
-/// The workspace's `profile.dev` as arguments for cargo in another one.
-fn profile() -> Result<Vec<String>, Failure> {
-    let path = places::root().join("Cargo.toml");
-    let text = fs::read_to_string(&path).map_err(|e| Failure::at(&path, e))?;
-    let manifest: toml::Table = text.parse().map_err(|e| Failure::at(&path, e))?;
-    let dev = manifest.get("profile").and_then(|profiles| profiles.get("dev"));
-    let mut settings = Vec::new();
-    if let Some(dev) = dev {
-        flatten("profile.dev", dev, &mut settings);
-    }
-    Ok(settings)
-}
-
-fn flatten(key: &str, value: &toml::Value, settings: &mut Vec<String>) {
-    match value.as_table() {
-        Some(table) => {
-            for (name, value) in table {
-                let bare = name.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c));
-                let name = if bare { name.clone() } else { format!("{name:?}") };
-                flatten(&format!("{key}.{name}"), value, settings);
-            }
-        }
-        None => settings.extend(["--config".into(), format!("{key}={value}")]),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_profile_becomes_arguments() {
-        let text = "[profile.dev]\nopt-level = 1\n[profile.dev.package.\"*\"]\ndebug = \"none\"\n";
-        let table: toml::Table = text.parse().expect("is TOML");
-        let mut settings = Vec::new();
-        flatten("profile.dev", &table["profile"]["dev"], &mut settings);
-        let package = r#"profile.dev.package."*".debug="none""#;
-        assert_eq!(settings, ["--config", "profile.dev.opt-level=1", "--config", package]);
-    }
-
-    #[test]
-    fn this_workspace_has_a_profile_to_share() {
-        assert!(profile().is_ok_and(|settings| !settings.is_empty()));
-    }
 }
