@@ -41,7 +41,8 @@ pub(crate) fn output(command: &mut Command) -> Result<Vec<u8>, Failure> {
 /// Builds the program `burn-peft` and says where it lies.
 pub(crate) fn build_program(features: &[&str]) -> Result<PathBuf, Failure> {
     let format = "--message-format=json-render-diagnostics";
-    let mut command = cargo(["build", "--workspace", "--bin", "burn-peft", format]);
+    // With the tests, whose dependencies ask for other features of Burn's: it is compiled once.
+    let mut command = cargo(["test", "--no-run", "--quiet", "--workspace", format]);
     if !features.is_empty() {
         let features: Vec<_> = features.iter().map(|f| format!("burn-peft-cli/{f}")).collect();
         command.arg("--features").arg(features.join(","));
@@ -54,7 +55,8 @@ pub(crate) fn build_program(features: &[&str]) -> Result<PathBuf, Failure> {
 fn executable(line: &str) -> Option<PathBuf> {
     let message: Value = serde_json::from_str(line).ok()?;
     let ours = message["target"]["name"] == "burn-peft" && message["target"]["kind"][0] == "bin";
-    message["executable"].as_str().filter(|_| ours).map(PathBuf::from)
+    let tests = message["profile"]["test"] == true;
+    message["executable"].as_str().filter(|_| ours && !tests).map(PathBuf::from)
 }
 
 fn not_started(command: &Command, error: &std::io::Error) -> Failure {
@@ -79,6 +81,8 @@ mod tests {
     fn the_built_program_is_found_among_cargos_messages() {
         let line = r#"{"reason":"compiler-artifact","target":{"kind":["bin"],"name":"burn-peft"},"executable":"/t/debug/burn-peft"}"#;
         assert_eq!(executable(line), Some(PathBuf::from("/t/debug/burn-peft")));
+        let tests = line.replace("\"executable\"", "\"profile\":{\"test\":true},\"executable\"");
+        assert_eq!(executable(&tests), None);
         assert_eq!(executable(&line.replace("burn-peft\"}", "other\"}")), None);
         assert_eq!(executable("not json"), None);
     }
