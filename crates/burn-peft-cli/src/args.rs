@@ -22,6 +22,36 @@ pub(crate) struct Cli {
     pub(crate) verb: Verb,
 }
 
+/// A number that is neither infinite nor NaN, which JSON could not hold.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(try_from = "f64", into = "f64")]
+pub(crate) struct Finite(f64);
+
+impl From<Finite> for f64 {
+    fn from(number: Finite) -> Self {
+        number.0
+    }
+}
+
+impl TryFrom<f64> for Finite {
+    type Error = String;
+
+    fn try_from(number: f64) -> Result<Self, String> {
+        number
+            .is_finite()
+            .then_some(Self(number))
+            .ok_or_else(|| format!("expected a finite number, found {number}"))
+    }
+}
+
+impl std::str::FromStr for Finite {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::try_from(text.parse::<f64>().map_err(|e| e.to_string())?)
+    }
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
     /// Fine-tune a model and write the adapter
@@ -86,7 +116,7 @@ pub(crate) struct TrainArgs {
     pub(crate) validation_file: Option<PathBuf>,
     /// Share of the training data held out in place of a validation file
     #[arg(long, value_name = "SHARE")]
-    pub(crate) validation_split: Option<f64>,
+    pub(crate) validation_split: Option<Finite>,
     /// Data evaluated before and after
     #[arg(long, value_name = "FILE")]
     pub(crate) test_file: Option<PathBuf>,
@@ -146,10 +176,10 @@ pub(crate) struct TrainArgs {
     pub(crate) r: Option<usize>,
     /// Scale, divided by the rank
     #[arg(long, help_heading = "Method")]
-    pub(crate) lora_alpha: Option<f64>,
+    pub(crate) lora_alpha: Option<Finite>,
     /// Dropout on the adapter's input
     #[arg(long, help_heading = "Method")]
-    pub(crate) lora_dropout: Option<f64>,
+    pub(crate) lora_dropout: Option<Finite>,
     /// none, all or lora_only
     #[arg(long, help_heading = "Method")]
     pub(crate) bias: Option<String>,
@@ -162,7 +192,7 @@ pub(crate) struct TrainArgs {
 
     /// Peak learning rate [default: 2e-4]
     #[arg(long, help_heading = "Training")]
-    pub(crate) learning_rate: Option<f64>,
+    pub(crate) learning_rate: Option<Finite>,
     /// Passes over the data [default: 3]
     #[arg(long, help_heading = "Training")]
     pub(crate) num_train_epochs: Option<usize>,
@@ -180,13 +210,13 @@ pub(crate) struct TrainArgs {
     pub(crate) gradient_accumulation_steps: Option<usize>,
     /// Largest norm of all gradients; 0 for no clipping [default: 1]
     #[arg(long, help_heading = "Training")]
-    pub(crate) max_grad_norm: Option<f64>,
+    pub(crate) max_grad_norm: Option<Finite>,
     /// AdamW's weight decay [default: 0]
     #[arg(long, help_heading = "Training")]
-    pub(crate) weight_decay: Option<f64>,
+    pub(crate) weight_decay: Option<Finite>,
     /// Share of the steps in which the rate rises [default: 0]
     #[arg(long, help_heading = "Training")]
-    pub(crate) warmup_ratio: Option<f64>,
+    pub(crate) warmup_ratio: Option<Finite>,
     /// The same as a number of steps
     #[arg(long, help_heading = "Training")]
     pub(crate) warmup_steps: Option<usize>,
@@ -195,7 +225,7 @@ pub(crate) struct TrainArgs {
     pub(crate) lr_scheduler_type: Option<String>,
     /// LoRA+: how many times faster the zero-initialised factor learns
     #[arg(long, help_heading = "Training")]
-    pub(crate) loraplus_lr_ratio: Option<f64>,
+    pub(crate) loraplus_lr_ratio: Option<Finite>,
     /// Batches of similar length [default: true]
     #[arg(long, num_args = 0..=1, default_missing_value = "true", help_heading = "Training")]
     pub(crate) group_by_length: Option<bool>,

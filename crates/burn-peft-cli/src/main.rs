@@ -7,6 +7,7 @@ mod files;
 mod forward;
 mod inspect;
 mod model;
+mod options;
 mod train;
 
 use args::{Cli, Verb};

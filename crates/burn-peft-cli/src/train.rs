@@ -4,11 +4,10 @@ use crate::args::TrainArgs;
 use crate::failure::{Failure, print};
 use crate::files::{ADAPTER_FILES, LABELS, claim, peak_memory, write_json};
 use crate::model::Task;
+use crate::options::{configure, fingerprint, merged, need, part};
 use burn::module::Module;
 use burn::tensor::Device;
-use burn_peft::core::{
-    AdapterConfig, Method, Names, OneOrMany, Scope, Sites, Summary, adapt, save,
-};
+use burn_peft::core::{AdapterConfig, Method, Scope, Sites, Summary, adapt, save};
 use burn_peft::models::{
     BertConfig, BertForSequenceClassification, LlamaForCausalLM, Loaded, Precision, Pretrained,
 };
@@ -22,120 +21,10 @@ use burn_peft::train::{
     Collate, Console, EvalFeed, Event, MetricsFile, Objective, Observer, Options, Report, Run,
     TrainFeed, measure,
 };
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-
-/// Parts of the arguments that say nothing about the numbers a run comes to.
-const NOT_THE_RUN: &[&str] = &["output_dir"];
-
-/// Lays flags over the file of `--config`.
-fn merged(args: TrainArgs) -> Result<(TrainArgs, Map<String, Value>), Failure> {
-    let file = match &args.config {
-        None => TrainArgs::default(),
-        Some(path) => {
-            let said = |e: String| Failure::new(format!("{}: {e}", path.display()));
-            let text = std::fs::read_to_string(path).map_err(|e| said(e.to_string()))?;
-            toml::from_str(&text).map_err(|e| {
-                let start = e.span().map_or(0, |span| span.start);
-                let line = text[..start].matches('\n').count() + 1;
-                said(format!("line {line}: {}", e.message().replace('\n', ", ")))
-            })?
-        }
-    };
-    let object = |args: &TrainArgs| match serde_json::to_value(args) {
-        Ok(Value::Object(object)) => object,
-        _ => Map::new(),
-    };
-    let mut fields = object(&file);
-    let empty = |value: &Value| value.is_null() || value.as_array().is_some_and(Vec::is_empty);
-    fields.extend(object(&args).into_iter().filter(|(_, value)| !empty(value)));
-    let (resume, overwrite) = (args.resume, args.overwrite);
-    let all: TrainArgs = serde_json::from_value(Value::Object(fields.clone()))
-        .map_err(|e| Failure::new(format!("options: {e}")))?;
-    fields.retain(|_, value| !empty(value));
-    Ok((TrainArgs { resume, overwrite, ..all }, fields))
-}
-
-/// The fields that a struct has, taken out of all arguments.
-fn part<T: Serialize + DeserializeOwned>(
-    whole: &T,
-    fields: &Map<String, Value>,
-    what: &str,
-) -> Result<T, Failure> {
-    let Ok(Value::Object(own)) = serde_json::to_value(whole) else {
-        return Err(Failure::new(format!("{what}: cannot be read")));
-    };
-    let given = fields.iter().filter(|(name, _)| own.contains_key(*name));
-    let given = given.map(|(name, value)| (name.clone(), value.clone())).collect();
-    read(&own, &given, what)
-}
-
-/// A struct out of `start` with `given` laid over it; an error names the field.
-fn read<T: DeserializeOwned>(
-    start: &Map<String, Value>,
-    given: &Map<String, Value>,
-    what: &str,
-) -> Result<T, Failure> {
-    let mut whole = start.clone();
-    whole.extend(given.clone());
-    serde_json::from_value(Value::Object(whole)).map_err(|error| {
-        let alone = |(name, value): (&String, &Value)| {
-            let mut one = start.clone();
-            one.insert(name.clone(), value.clone());
-            let error = serde_json::from_value::<T>(Value::Object(one)).err()?;
-            Some(format!("{what}: {name}: {error}"))
-        };
-        Failure::new(given.iter().find_map(alone).unwrap_or(format!("{what}: {error}")))
-    })
-}
-
-fn need<'a>(value: &'a Option<PathBuf>, flag: &str) -> Result<&'a Path, Failure> {
-    value
-        .as_deref()
-        .ok_or_else(|| Failure::new(format!("--{flag} is not set; see burn-peft train --help")))
-}
-
-/// Names as a user writes them: a list with commas, "all-linear", or a regular expression.
-fn names(text: &str) -> Names {
-    if text.chars().any(|c| "*+?()[]|^$\\".contains(c)) || text.eq_ignore_ascii_case("all-linear") {
-        Names::Pattern(text.to_owned())
-    } else {
-        text.split(',').map(str::trim).filter(|name| !name.is_empty()).collect()
-    }
-}
-
-/// The method's configuration out of the arguments, in the words of `adapter_config.json`.
-fn method_fields(
-    args: &TrainArgs,
-    all: &Map<String, Value>,
-) -> Result<Map<String, Value>, Failure> {
-    let mut fields = Map::new();
-    for name in ["r", "lora_alpha", "lora_dropout", "bias", "use_rslora"] {
-        if let Some(value) = all.get(name) {
-            fields.insert(name.into(), value.clone());
-        }
-    }
-    if let Some(init) = &args.init_lora_weights {
-        let value = match init.as_str() {
-            "true" => Value::Bool(true),
-            "false" => Value::Bool(false),
-            name => Value::String(name.into()),
-        };
-        fields.insert("init_lora_weights".into(), value);
-    }
-    for option in &args.method_option {
-        let Some((name, value)) = option.split_once('=') else {
-            return Err(Failure::new(format!("--method-option {option}: expected NAME=JSON")));
-        };
-        let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.into()));
-        fields.insert(name.into(), value);
-    }
-    Ok(fields)
-}
 
 struct Setup {
     args: TrainArgs,
@@ -284,7 +173,7 @@ fn classification(setup: &Setup) -> Result<(), Failure> {
 }
 
 fn held_out(args: &TrainArgs) -> Result<Option<f64>, Failure> {
-    match args.validation_split {
+    match args.validation_split.map(f64::from) {
         None => Ok(None),
         Some(_) if args.validation_file.is_some() => {
             Err(Failure::new("--validation-split and --validation-file: give one of them"))
@@ -402,51 +291,6 @@ struct TrainJob<'a, B: Objective + Pretrained> {
     prepared: Prepared<B>,
 }
 
-fn configure<T: Method>(setup: &Setup, saved: &[String]) -> Result<T, Failure> {
-    let args = &setup.args;
-    let fields = method_fields(args, &setup.fields)?;
-    let what = format!("--method {}", T::NAME.to_lowercase());
-    let mut method: T = read(&Map::new(), &fields, &what)?;
-    // A field that the method does not have would be lost silently.
-    let known = serde_json::to_value(&method).map_err(|e| Failure::new(format!("{what}: {e}")))?;
-    if let Some(unknown) = fields.keys().find(|field| known.get(field.as_str()).is_none()) {
-        return Err(Failure::new(format!("{what}: has no option `{unknown}`")));
-    }
-    let targets = method.targets_mut();
-    if let Some(text) = &args.target_modules {
-        targets.target_modules = Some(names(text));
-    }
-    if let Some(text) = &args.exclude_modules {
-        targets.exclude_modules = Some(names(text));
-    }
-    if let Some(blocks) = &args.layers_to_transform {
-        targets.layers_to_transform = Some(OneOrMany::Many(blocks.clone()));
-    }
-    let mut whole =
-        args.modules_to_save.clone().or(targets.modules_to_save.clone()).unwrap_or_default();
-    for name in saved {
-        if !whole.iter().any(|known| name == known || name.ends_with(&format!(".{known}"))) {
-            whole.push(name.clone());
-        }
-    }
-    targets.modules_to_save = (!whole.is_empty()).then_some(whole);
-    Ok(method)
-}
-
-/// A short name of everything that shapes a run's numbers: FNV-1a over its arguments and data.
-fn fingerprint(setup: &Setup, examples: usize, steps: usize) -> String {
-    let mut fields = setup.fields.clone();
-    for name in NOT_THE_RUN {
-        fields.remove(*name);
-    }
-    fields.sort_keys();
-    let text = format!("{} {examples} {steps}", Value::Object(fields));
-    let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
-    format!("{hash:016x}")
-}
-
 /// Keeps the events for the picture.
 #[derive(Clone, Default)]
 struct Kept(Arc<Mutex<Vec<Event>>>);
@@ -478,7 +322,7 @@ impl<B: Objective + Pretrained> Job for TrainJob<'_, B> {
     fn run<T: Method>(self) -> Self::Output {
         let (setup, prepared) = (self.setup, self.prepared);
         let (device, out) = (&setup.device, &setup.out);
-        let method: T = configure(setup, &prepared.saved)?;
+        let method: T = configure(&setup.args, &setup.fields, &prepared.saved)?;
         let base = Arc::new(prepared.loaded.model);
         let sites = Sites::of(&*base, Some(B::OUTPUT));
         let adapters = adapt(&sites, &method, setup.options.seed, &device.clone().autodiff())?;
@@ -518,7 +362,7 @@ impl<B: Objective + Pretrained> Job for TrainJob<'_, B> {
         let run = Run {
             base: base.clone(),
             device: device.clone(),
-            fingerprint: fingerprint(setup, prepared.examples, prepared.train.steps()),
+            fingerprint: fingerprint(&setup.fields, prepared.examples, prepared.train.steps()),
             train: prepared.train,
             valid: prepared.valid,
             options: setup.options.clone(),

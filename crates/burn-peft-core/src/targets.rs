@@ -160,6 +160,11 @@ impl Targets {
             .filter(|site| !saved.iter().any(|regex| is_match(regex, &site.path)))
             .filter(|site| self.in_blocks(&blocks, &site.path))
             .collect();
+        if chosen.is_empty() && sites.all.iter().filter(adaptable).any(&wanted) {
+            let reason = "matches layers, and exclude_modules, modules_to_save, \
+                          layers_to_transform or layers_pattern leave none of them";
+            return Err(Error::config(FIELD, reason));
+        }
         if chosen.is_empty() {
             let asked = match target {
                 Names::Pattern(p) => p.clone(),

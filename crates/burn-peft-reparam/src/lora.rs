@@ -214,14 +214,19 @@ impl Lora {
         Self { r, lora_alpha, targets, ..Self::default() }
     }
 
-    fn rank(&self, path: &str) -> Result<usize, Error> {
-        match pattern_value("rank_pattern", &self.rank_pattern, path)?.unwrap_or(self.r) {
-            0 => Err(Error::config(
-                "rank_pattern",
-                format!("gives rank 0 at {path}; expected 1 or more"),
-            )),
-            r => Ok(r),
+    fn rank(&self, site: &Site) -> Result<usize, Error> {
+        let path = &site.path;
+        let r = pattern_value("rank_pattern", &self.rank_pattern, path)?.unwrap_or(self.r);
+        if r == 0 {
+            let reason = format!("gives rank 0 at {path}; expected 1 or more");
+            return Err(Error::config("rank_pattern", reason));
         }
+        let numbers = r.checked_mul(site.fan_in() + site.fan_out());
+        if numbers.is_none_or(|numbers| numbers > i32::MAX as usize) {
+            let reason = format!("a rank of {r} makes more than 2^31 numbers at {path}");
+            return Err(Error::config("r", reason));
+        }
+        Ok(r)
     }
 
     fn scaling(&self, path: &str, r: usize) -> Result<f64, Error> {
@@ -321,7 +326,7 @@ impl Method for Lora {
         rng: &mut ChaCha8Rng,
         device: &Device,
     ) -> Result<LoraAdapter, Error> {
-        let r = self.rank(&site.path)?;
+        let r = self.rank(site)?;
         let (shape_a, shape_b) = ([site.fan_in(), r], [r, site.fan_out()]);
         let zeros = |shape: [usize; 2]| Tensor::zeros(shape, device);
         let bound = |fan_in: usize| (1.0 / fan_in as f32).sqrt();
@@ -379,7 +384,7 @@ impl Method for Lora {
     }
 
     fn parameters(&self, site: &Site) -> usize {
-        let r = self.rank(&site.path).unwrap_or(self.r);
+        let r = self.rank(site).unwrap_or(self.r);
         r * (site.fan_in() + site.fan_out()) + usize::from(self.lora_bias) * site.fan_out()
     }
 
@@ -422,7 +427,7 @@ impl Method for Lora {
             );
             return Err(Error::config("init_lora_weights", reason));
         }
-        let r = self.rank(&site.path)?;
+        let r = self.rank(site)?;
         let (fan_in, fan_out) = (site.fan_in(), site.fan_out());
         let (a, b) = match site.weight.shape().as_slice() {
             _ if site.kind == Kind::Embedding => (

@@ -30,6 +30,7 @@ fn options_that_cannot_work() {
     let desk = classify();
     for (more, says) in [
         ("--r 0", "r: expected a rank of 1 or more, found 0"),
+        ("--r 1000000000000000000", "2^31"),
         ("--target-modules quary", "near names: "),
         ("--target-modules (", "is not a regular expression"),
         ("--target-modules query,nothing", "`nothing`"),
@@ -54,6 +55,8 @@ fn options_that_cannot_work() {
         ("--text-column nonsense", "nonsense"),
         ("--config /none.toml", "none.toml"),
         ("--max-length 0", "max"),
+        ("--layers-to-transform 7", "layers_to_transform"),
+        ("--warmup-ratio 2", "warmup"),
     ] {
         let name = more.split([' ', '=']).next().unwrap_or_default();
         // A flag may stand once only.
@@ -75,6 +78,11 @@ fn options_that_cannot_work() {
     desk.write("bad.toml", "learning_rates = 1\n");
     let line = "train --config /bad.toml";
     refused(&desk, &desk.run(line), line, "learning_rates");
+    desk.write("nan.toml", "learning_rate = nan\n");
+    let line = "train --config /nan.toml";
+    refused(&desk, &desk.run(line), line, "finite");
+    let nan = desk.run(&format!("{CLASSIFY} --lora-alpha nan"));
+    assert!(!nan.status.success() && String::from_utf8_lossy(&nan.stderr).contains("finite"));
     let line = CLASSIFY.to_owned();
     refused(&desk, &desk.run(&line), &line, "--output-dir is not set");
 }
