@@ -263,6 +263,9 @@ pub(crate) struct EvalArgs {
     /// Examples a forward pass
     #[arg(long, default_value_t = 32)]
     pub(crate) per_device_eval_batch_size: usize,
+    /// causal-lm, plain text: a document is a line, a paragraph or the file [default: paragraph]
+    #[arg(long)]
+    pub(crate) text_unit: Option<String>,
     /// Most tokens of a text [default: 128; causal-lm: 512]
     #[arg(long)]
     pub(crate) max_length: Option<usize>,

@@ -3,10 +3,11 @@
 use crate::args::{ColumnArgs, EvalArgs, PredictArgs};
 use crate::failure::{Failure, print};
 use crate::model::{Task, causal, classifier};
+use crate::options::text_unit;
 use burn::tensor::activation::softmax;
 use burn_peft::core::Scope;
 use burn_peft::train::data::{
-    CausalBatch, ClassBatch, ClassItem, Columns, Encoded, Example, Labels, TextTokenizer, TextUnit,
+    CausalBatch, ClassBatch, ClassItem, Columns, Encoded, Example, Labels, TextTokenizer,
     causal_batch, class_batch, pad, read_causal, read_labelled, read_texts,
 };
 use burn_peft::train::{EvalFeed, Objective, Report, measure};
@@ -56,9 +57,10 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<(), Failure> {
             total(&ready.model, &feed, &ready.device, &Scope::new(&ready.overlay()), check)?
         }
         Task::CausalLm => {
+            let unit = text_unit(args.text_unit.as_deref())?;
             let ready = causal(&args.model)?;
             let length = args.max_length.unwrap_or(512).min(ready.model.max_positions());
-            let (items, _) = read_causal(&args.test_file, &tokenizer, length, TextUnit::Paragraph)?;
+            let (items, _) = read_causal(&args.test_file, &tokenizer, length, unit)?;
             let lengths: Vec<usize> = items.iter().map(|item| item.ids.len()).collect();
             let make = move |picked: &[usize]| {
                 let rows: Vec<&[usize]> = picked.chunks(1).collect();

@@ -3,6 +3,7 @@
 use crate::args::TrainArgs;
 use crate::failure::Failure;
 use burn_peft::core::{Method, Names, OneOrMany};
+use burn_peft::train::data::TextUnit;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -163,4 +164,16 @@ pub(crate) fn fingerprint(fields: &Map<String, Value>, examples: usize, steps: u
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });
     format!("{hash:016x}")
+}
+
+/// What a document of a plain text is.
+pub(crate) fn text_unit(name: Option<&str>) -> Result<TextUnit, Failure> {
+    match name {
+        None | Some("paragraph") => Ok(TextUnit::Paragraph),
+        Some("line") => Ok(TextUnit::Line),
+        Some("file") => Ok(TextUnit::File),
+        Some(other) => Err(Failure::new(format!(
+            "--text-unit: expected line, paragraph or file, found {other}"
+        ))),
+    }
 }

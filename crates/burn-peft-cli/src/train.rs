@@ -4,7 +4,7 @@ use crate::args::TrainArgs;
 use crate::failure::{Failure, print};
 use crate::files::{ADAPTER_FILES, LABELS, claim, peak_memory, write_json};
 use crate::model::Task;
-use crate::options::{configure, fingerprint, merged, need, part};
+use crate::options::{configure, fingerprint, merged, need, part, text_unit};
 use burn::module::Module;
 use burn::tensor::Device;
 use burn_peft::core::{AdapterConfig, Method, Scope, Sites, Summary, adapt, save};
@@ -14,8 +14,8 @@ use burn_peft::models::{
 use burn_peft::registry::{Job, with_method};
 use burn_peft::train::checkpoint::{Checkpoint, past_events};
 use burn_peft::train::data::{
-    CausalItem, ClassItem, Columns, Example, Labels, TextTokenizer, TextUnit, causal_batch,
-    class_batch, hold_out, pack, read_causal, read_labelled,
+    CausalItem, ClassItem, Columns, Example, Labels, TextTokenizer, causal_batch, class_batch,
+    hold_out, pack, read_causal, read_labelled,
 };
 use burn_peft::train::{
     Collate, Console, EvalFeed, Event, MetricsFile, Objective, Observer, Options, Report, Run,
@@ -189,16 +189,7 @@ fn causal(setup: &Setup) -> Result<(), Failure> {
     let args = &setup.args;
     let path = need(&args.train_file, "train-file")?;
     let tokenizer = TextTokenizer::load(&setup.model)?;
-    let unit = match args.text_unit.as_deref() {
-        None | Some("paragraph") => TextUnit::Paragraph,
-        Some("line") => TextUnit::Line,
-        Some("file") => TextUnit::File,
-        Some(other) => {
-            return Err(Failure::new(format!(
-                "--text-unit: expected line, paragraph or file, found {other}"
-            )));
-        }
-    };
+    let unit = text_unit(args.text_unit.as_deref())?;
     let loaded = LlamaForCausalLM::load(
         &setup.model,
         Precision::F32,

@@ -12,6 +12,7 @@ use burn_peft::models::{
     BertForSequenceClassification, LlamaForCausalLM, Precision, Pretrained, Tokens,
 };
 use burn_peft::reparam::Lora;
+use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -264,4 +265,41 @@ fn a_configuration_that_changes_the_result_is_refused() {
     let kept: AdapterConfig<Lora> =
         with("a_field_of_tomorrow", serde_json::json!(3)).expect("is kept");
     assert_eq!(kept.other.get("a_field_of_tomorrow"), Some(&serde_json::json!(3)));
+}
+
+/// Any JSON value, a few levels deep.
+fn any_json() -> impl Strategy<Value = serde_json::Value> {
+    let leaf = prop_oneof![
+        Just(serde_json::Value::Null),
+        any::<bool>().prop_map(Into::into),
+        any::<i64>().prop_map(Into::into),
+        any::<f64>().prop_map(Into::into),
+        "\\PC{0,8}".prop_map(Into::into),
+    ];
+    leaf.prop_recursive(2, 8, 3, |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..3).prop_map(Into::into),
+            prop::collection::btree_map("[a-z]{0,3}", inner, 0..3)
+                .prop_map(|map| serde_json::Value::Object(map.into_iter().collect())),
+        ]
+    })
+}
+
+proptest! {
+    /// A configuration with one field that holds anything is read or refused, never a panic.
+    #[test]
+    fn no_configuration_panics(field in 0_usize..40, value in any_json()) {
+        let folder = tempfile::tempdir().expect("makes a folder");
+        let text = std::fs::read_to_string(fixtures().join("adapters/plain/adapter_config.json"));
+        let text = text.expect("is committed");
+        let mut json: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&text).expect("is JSON");
+        let name = json.keys().nth(field % json.len()).expect("is within").clone();
+        json.insert(name, value);
+        let path = folder.path().join("adapter_config.json");
+        std::fs::write(path, serde_json::to_string(&json).expect("is JSON")).expect("writes");
+        if let Ok(config) = AdapterConfig::<Lora>::load(folder.path()) {
+            let sites = Sites::of(&LinearConfig::new(2, 2).init(&device()), None);
+            let _ = burn_peft::core::adapt(&sites, &config.method, 0, &device());
+        }
+    }
 }

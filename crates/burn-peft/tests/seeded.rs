@@ -1,0 +1,59 @@
+//! What a method draws in training depends on the device's seed alone. A binary of its own, because
+//! a device has one generator for the whole process.
+
+use burn::module::Module;
+use burn::nn::{Linear, LinearConfig};
+use burn::tensor::{Device, Tensor};
+use burn_peft::core::{Method, Scope, Sites, Targets, adapt};
+use burn_peft::registry::{ForEach, for_each_method};
+
+#[derive(Module, Debug)]
+struct Two {
+    query: Linear,
+    head: Linear,
+}
+
+struct Repeats {
+    device: Device,
+    /// Whether some configuration drew at all.
+    drew: bool,
+}
+
+impl ForEach for Repeats {
+    fn visit<T: Method>(&mut self) {
+        let model = Two {
+            query: LinearConfig::new(16, 16).init(&self.device),
+            head: LinearConfig::new(16, 4).init(&self.device),
+        };
+        let sites = Sites::of(&model, None);
+        let x = Tensor::<3>::ones([2, 3, 16], &self.device);
+        for method in T::samples(&Targets::list(["query"])) {
+            // Two steps along the gradient, so that no factor is zero any more.
+            let mut adapters =
+                adapt(&sites, &method, 0, &self.device.clone().autodiff()).expect("fits");
+            let forward = |adapters: &_| {
+                let cx = Scope::new(adapters);
+                cx.at("head").linear(&model.head, cx.at("query").linear(&model.query, x.clone()))
+            };
+            let mut optimizer = burn::optim::AdamConfig::new().init();
+            for _ in 0..2 {
+                let gradients = forward(&adapters).powi_scalar(2).mean().backward();
+                let gradients = burn::optim::GradientsParams::from_grads(gradients, &adapters);
+                adapters = optimizer.step(0.1, adapters, gradients);
+            }
+            let draw = |seed| -> Vec<f32> {
+                self.device.seed(seed);
+                forward(&adapters).inner().into_data().try_to_vec().expect("is f32")
+            };
+            assert_eq!(draw(5), draw(5), "{method:?}");
+            self.drew |= draw(5) != draw(6);
+        }
+    }
+}
+
+#[test]
+fn draws_repeat_by_the_seed() {
+    let mut repeats = Repeats { device: Device::flex(), drew: false };
+    for_each_method(&mut repeats);
+    assert!(repeats.drew, "no sample has dropout that acts");
+}
