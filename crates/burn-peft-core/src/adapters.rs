@@ -1,10 +1,14 @@
 //! Adapters by path: the thing one trains, saves, loads and averages.
 
 use crate::method::site_rng;
+use crate::shared::{MapOnce, Same, VisitOnce};
 use crate::{
     Biases, Error, Fold, Laid, Method, Overlay, Part, Sites, Strength, Strictness, TrainedCopy,
 };
-use burn::module::{Module, ModuleDisplay, Param, ParamId};
+use burn::module::{
+    Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor,
+    Param, ParamId,
+};
 use burn::tensor::{Device, Tensor};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,13 +19,72 @@ use std::sync::Arc;
 /// A Burn [`Module`] whose parameters are exactly the trained ones, so that an optimizer, a record
 /// or a checkpoint of it never meets the base model. As an [`Overlay`] it lies fully (strength 1)
 /// over the model.
-#[derive(Module, Debug)]
+///
+/// A parameter that several places share (one id in several adapters) is visited, updated and
+/// stored once.
+#[derive(Debug, Clone)]
 pub struct Adapters<A: Module + ModuleDisplay> {
-    layers: Vec<A>,
-    copies: Vec<TrainedCopy>,
-    #[module(skip)]
+    parts: Parts<A>,
     index: Arc<Index>,
 }
+
+#[derive(Module, Debug)]
+struct Parts<A: Module + ModuleDisplay> {
+    layers: Vec<A>,
+    copies: Vec<TrainedCopy>,
+}
+
+/// Each holder of a shared parameter was changed on its own: they become one again.
+fn tied<A: Module + ModuleDisplay>(parts: Parts<A>) -> Parts<A> {
+    parts.map(&mut MapOnce::new(&mut Same))
+}
+
+impl<A: Module + ModuleDisplay> Module for Adapters<A> {
+    fn collect_devices(&self, devices: Devices) -> Devices {
+        self.parts.collect_devices(devices)
+    }
+
+    fn fork(self, device: &Device) -> Self {
+        Self { parts: tied(self.parts.fork(device)), index: self.index }
+    }
+
+    fn to_device(self, device: &Device) -> Self {
+        Self { parts: tied(self.parts.to_device(device)), index: self.index }
+    }
+
+    fn train(self) -> Self {
+        Self { parts: tied(self.parts.train()), index: self.index }
+    }
+
+    fn valid(&self) -> Self {
+        Self { parts: tied(self.parts.valid()), index: self.index.clone() }
+    }
+
+    fn materialize(self) -> Self {
+        Self { parts: tied(self.parts.materialize()), index: self.index }
+    }
+
+    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
+        self.parts.visit(&mut VisitOnce::new(visitor));
+    }
+
+    fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
+        let parts = self.parts.map(&mut MapOnce::new(mapper));
+        Self { parts, index: self.index }
+    }
+}
+
+impl<A: Module + ModuleDisplay> ModuleDisplayDefault for Adapters<A> {
+    fn content(&self, content: Content) -> Option<Content> {
+        self.parts.content(content)
+    }
+
+    fn num_params(&self) -> usize {
+        Module::num_params(self)
+    }
+}
+
+impl<A: Module + ModuleDisplay> ModuleDisplay for Adapters<A> {}
 
 /// Paths of the adapters and copies, in the model's order.
 #[derive(Debug, Default, Clone)]
@@ -47,27 +110,33 @@ impl<A: Module + ModuleDisplay> Adapters<A> {
             index.copies.insert(path, copied.len());
             copied.push(copy);
         }
-        Self { layers: adapters, copies: copied, index: Arc::new(index) }
+        Self { parts: Parts { layers: adapters, copies: copied }, index: Arc::new(index) }
     }
 
     /// The method's adapter at `path`.
     pub fn get(&self, path: &str) -> Option<&A> {
-        self.layers.get(*self.index.layers.get(path)?)
+        self.parts.layers.get(*self.index.layers.get(path)?)
     }
 
     /// The trained copy of the layer at `path`.
     pub fn copy(&self, path: &str) -> Option<&TrainedCopy> {
-        self.copies.get(*self.index.copies.get(path)?)
+        self.parts.copies.get(*self.index.copies.get(path)?)
     }
 
     /// Adapters with their paths, by path.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &A)> {
-        self.index.layers.iter().filter_map(|(path, i)| Some((path.as_str(), self.layers.get(*i)?)))
+        self.index
+            .layers
+            .iter()
+            .filter_map(|(path, i)| Some((path.as_str(), self.parts.layers.get(*i)?)))
     }
 
     /// Trained copies with their paths, by path.
     pub fn copies(&self) -> impl Iterator<Item = (&str, &TrainedCopy)> {
-        self.index.copies.iter().filter_map(|(path, i)| Some((path.as_str(), self.copies.get(*i)?)))
+        self.index
+            .copies
+            .iter()
+            .filter_map(|(path, i)| Some((path.as_str(), self.parts.copies.get(*i)?)))
     }
 
     /// Paths of all places that change, sorted.
@@ -82,7 +151,7 @@ impl<A: Module + ModuleDisplay> Adapters<A> {
     /// The same adapters with each adapter put through `map`: how a method changes its own between
     /// steps (a rank masked, a stage merged).
     pub fn map_layers(mut self, map: impl FnMut(A) -> A) -> Self {
-        self.layers = self.layers.into_iter().map(map).collect();
+        self.parts.layers = self.parts.layers.into_iter().map(map).collect();
         self
     }
 
@@ -111,10 +180,11 @@ pub fn adapt<T: Method>(
 ) -> Result<Adapters<T::Adapter>, Error> {
     method.check()?;
     let chosen = method.targets().select(sites, T::KINDS, Strictness::EachName)?;
+    let shared = method.share(&chosen, &mut site_rng(seed, ""), device)?;
     let mut layers = Vec::with_capacity(chosen.len());
     for site in &chosen {
         let mut rng = site_rng(seed, &site.path);
-        layers.push((site.path.clone(), method.init(site, &mut rng, device)?));
+        layers.push((site.path.clone(), method.init(site, &shared, &mut rng, device)?));
     }
     let adapted: Vec<&str> = chosen.iter().map(|site| site.path.as_str()).collect();
     let copies = copies(sites, method, &adapted, Strictness::EachName)?.into_iter().filter_map(

@@ -16,6 +16,8 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 /// What stands before every path of the base model in an adapter's file.
 const PREFIX: &str = "base_model.model";
+/// What stands before the names of what all places share.
+const SHARED_PREFIX: &str = "base_model";
 
 /// What stands in `adapter_config.json`: the method and where it belongs.
 #[derive(Debug, Clone)]
@@ -163,6 +165,11 @@ pub fn save<T: Method>(
     adapters: &Adapters<T::Adapter>,
 ) -> Result<(), Error> {
     let mut tensors: Vec<(String, TensorData)> = Vec::new();
+    if let Some((_, adapter)) = adapters.iter().next() {
+        for (suffix, data) in config.method.shared_tensors(adapter) {
+            tensors.push((format!("{SHARED_PREFIX}.{suffix}"), data));
+        }
+    }
     for (path, adapter) in adapters.iter() {
         let site = site(sites, path)?;
         for (suffix, data) in config.method.tensors(site, adapter) {
@@ -234,10 +241,12 @@ pub fn load<T: Method>(
     let method = &config.method;
     let chosen = method.targets().select(sites, T::KINDS, Strictness::Any)?;
     let adapted: Vec<&str> = chosen.iter().map(|site| site.path.as_str()).collect();
+    let mut place = PlaceTensors::new(&mut file, SHARED_PREFIX);
+    let shared = method.restore_shared(&chosen, &mut place, device)?;
     let mut layers = Vec::with_capacity(chosen.len());
     for site in &chosen {
         let mut place = PlaceTensors::new(&mut file, format!("{PREFIX}.{}", site.path));
-        layers.push((site.path.clone(), method.restore(site, &mut place, device)?));
+        layers.push((site.path.clone(), method.restore(site, &shared, &mut place, device)?));
     }
     for site in &chosen {
         drop_base_weight(site, &mut file)?;

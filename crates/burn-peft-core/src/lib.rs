@@ -17,12 +17,14 @@
 mod adapter;
 mod adapters;
 mod bank;
+pub mod composed;
 mod copy;
 mod error;
 mod fold;
 mod format;
 mod method;
 mod scope;
+mod shared;
 mod site;
 mod summary;
 mod targets;

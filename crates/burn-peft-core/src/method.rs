@@ -29,6 +29,11 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// What is trained at one place.
     type Adapter: Adapter + Module + ModuleDisplay + Sync + 'static;
 
+    /// What the places of one model share: constant matrices, or a trained parameter of which each
+    /// adapter holds a handle (a clone of one [`Param`](burn::module::Param), id and all). `()` for
+    /// most methods.
+    type Shared: Clone + Debug + Default;
+
     /// `peft_type` in `adapter_config.json`.
     const NAME: &'static str;
 
@@ -38,6 +43,10 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// Fields of HF PEFT's configuration that change the result and are not implemented, each with
     /// the JSON values (besides null, false and empty) that change nothing.
     const ABSENT: &'static [(&'static str, &'static [&'static str])];
+
+    /// Whether the effect on an activation is computed through the dense difference of the weight,
+    /// because nothing cheaper is known ([`composed`](crate::composed)).
+    const WEIGHT_ONLY: bool = false;
 
     /// Names of the parameters that begin at zero and bring the method's effect to life: LoRA+
     /// (arXiv 2402.12354) makes them learn faster.
@@ -67,6 +76,20 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
         true
     }
 
+    /// What all of `sites`, the adapted places, share. `rng` depends on the seed alone.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where the places do not fit together.
+    fn share(
+        &self,
+        sites: &[&Site],
+        rng: &mut ChaCha8Rng,
+        device: &Device,
+    ) -> Result<Self::Shared, Error> {
+        let _ = (sites, rng, device);
+        Ok(Self::Shared::default())
+    }
+
     /// The adapter for one place, trainable on `device`. `rng` depends on the seed and the path
     /// alone, so that the numbers are the same on every device.
     ///
@@ -75,6 +98,7 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     fn init(
         &self,
         site: &Site,
+        shared: &Self::Shared,
         rng: &mut ChaCha8Rng,
         device: &Device,
     ) -> Result<Self::Adapter, Error>;
@@ -89,9 +113,15 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// Configurations over which the shared laws run: every option of the method at least once.
     fn samples(targets: &Targets) -> Vec<Self>;
 
-    /// Number of trained parameters at `site` by the paper's formula; a law compares it with what
-    /// [`Method::init`] makes.
+    /// Number of trained parameters at `site` by the paper's formula, without shared ones; a law
+    /// compares it with what [`Method::init`] makes.
     fn parameters(&self, site: &Site) -> usize;
+
+    /// Number of trained parameters that all of `sites` share.
+    fn shared_parameters(&self, sites: &[&Site]) -> usize {
+        let _ = sites;
+        0
+    }
 
     /// The adapter's tensors by the names they have in HF PEFT's file after the place's path, in
     /// HF's layout.
@@ -104,9 +134,33 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     fn restore(
         &self,
         site: &Site,
+        shared: &Self::Shared,
         file: &mut PlaceTensors<'_>,
         device: &Device,
     ) -> Result<Self::Adapter, Error>;
+
+    /// What the places share, out of any of their adapters, by the names that it has in HF PEFT's
+    /// file after `base_model.`.
+    fn shared_tensors(&self, adapter: &Self::Adapter) -> Vec<(&'static str, TensorData)> {
+        let _ = adapter;
+        Vec::new()
+    }
+
+    /// The inverse of [`Method::shared_tensors`], before any place is restored. Where the file leaves
+    /// something out that HF PEFT draws again from a seed, this draws the same numbers or refuses.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where one is missing or does not fit the places; [`Error::Config`] where it
+    /// cannot be drawn.
+    fn restore_shared(
+        &self,
+        sites: &[&Site],
+        file: &mut PlaceTensors<'_>,
+        device: &Device,
+    ) -> Result<Self::Shared, Error> {
+        let _ = (sites, file, device);
+        Ok(Self::Shared::default())
+    }
 }
 
 /// The generator for one place: the same for the same seed and path, whatever else is adapted.

@@ -1,8 +1,9 @@
 //! What is trained, where, and how much of the whole that is.
 
 use crate::{Adapter, Adapters, Sites};
-use burn::module::{Module, ModuleDisplay};
-use std::collections::BTreeMap;
+use burn::module::{Module, ModuleDisplay, ModuleVisitor, Param, ParamId};
+use burn::tensor::Tensor;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 /// Trainable and total parameters, and the adapted layers grouped by name.
@@ -20,6 +21,7 @@ impl Summary {
     /// Of adapters over a model with these sites.
     pub fn new<A: Module + ModuleDisplay + Adapter>(sites: &Sites, adapters: &Adapters<A>) -> Self {
         let mut groups: BTreeMap<String, (usize, usize)> = BTreeMap::new();
+        let mut counted = Counted::default();
         let mut add = |path: &str, suffix: &str, count: usize| {
             let name = format!("{}{suffix}", blocks_as_star(path));
             let group = groups.entry(name).or_default();
@@ -27,10 +29,10 @@ impl Summary {
             group.1 += count;
         };
         for (path, adapter) in adapters.iter() {
-            add(path, "", Module::num_params(adapter));
+            add(path, "", counted.more(adapter));
         }
         for (path, copy) in adapters.copies() {
-            add(path, " (trained copy)", Module::num_params(copy));
+            add(path, " (trained copy)", counted.more(copy));
         }
         let trainable = Module::num_params(adapters);
         Self {
@@ -43,6 +45,29 @@ impl Summary {
     /// Trained share in percent.
     pub fn percent(&self) -> f64 {
         100.0 * self.trainable as f64 / self.total.max(1) as f64
+    }
+}
+
+/// Counts parameters, those that several places share once, at the first.
+#[derive(Default)]
+struct Counted {
+    met: BTreeSet<ParamId>,
+    count: usize,
+}
+
+impl Counted {
+    fn more<M: Module>(&mut self, module: &M) -> usize {
+        let before = self.count;
+        module.visit(self);
+        self.count - before
+    }
+}
+
+impl ModuleVisitor for Counted {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if self.met.insert(param.id) {
+            self.count += param.dims().iter().product::<usize>();
+        }
     }
 }
 

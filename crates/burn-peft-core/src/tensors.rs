@@ -233,6 +233,15 @@ impl<'f> PlaceTensors<'f> {
         let name = self.name(suffix);
         self.file.take(&name, shape, device)
     }
+
+    /// Takes integers out; see [`TensorFile::take_ints`].
+    ///
+    /// # Errors
+    /// As [`TensorFile::take_ints`].
+    pub fn take_ints(&mut self, suffix: &str) -> Result<(Vec<usize>, Vec<i64>), Error> {
+        let name = self.name(suffix);
+        self.file.take_ints(&name)
+    }
 }
 
 fn dtype_of(data: &TensorData) -> Option<Dtype> {

@@ -1,6 +1,8 @@
 //! Reparameterized methods: the difference is a product of smaller things. One file a method.
 
+mod common;
 mod lora;
 mod random;
 
+pub use common::Bias;
 pub use lora::{Init, Lora, LoraAdapter, LoraBias};

@@ -1,11 +1,12 @@
 //! LoRA: `W' = W + s·A·B` with two thin trained factors (arXiv 2106.09685).
 
+use crate::common::{drop, finite, positive, probability};
 use crate::random::{normal, uniform};
 use burn::module::{Module, Param};
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Dropout, DropoutConfig, Embedding, Linear};
 use burn::tensor::module::{conv1d, conv2d, embedding, linear};
-use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft_core::{
     Adapter, Biases, Error, Fold, Kind, Method, PlaceTensors, Site, Targets, pattern_value,
 };
@@ -128,17 +129,8 @@ pub struct LoraAdapter {
 }
 
 impl LoraAdapter {
-    /// `dropout(x)` in training. The mask is drawn here and not by Burn's layer, because the input
-    /// of the first adapted layer is a plain tensor, where that layer believes it is not training.
     fn drop<const D: usize>(&self, x: &Tensor<D>) -> Tensor<D> {
-        let x = x.clone().cast(self.lora_a.val().dtype());
-        let keep = 1.0 - self.dropout.prob;
-        let training = self.dropout.training.is_enabled() && self.lora_a.val().is_autodiff();
-        if keep == 1.0 || !training {
-            return x;
-        }
-        let mask = x.clone().without_autodiff().random_like(Distribution::Bernoulli(keep));
-        x * (mask / keep)
+        drop(x, &self.dropout, &self.lora_a.val())
     }
 
     /// A convolution's kernels out of `A`: `[r, in, ..kernel]`.
@@ -263,6 +255,7 @@ impl Lora {
 
 impl Method for Lora {
     type Adapter = LoraAdapter;
+    type Shared = ();
     const NAME: &'static str = "LORA";
     const KINDS: &'static [Kind] = &[Kind::Linear, Kind::Embedding, Kind::Conv1d, Kind::Conv2d];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[
@@ -302,18 +295,9 @@ impl Method for Lora {
     }
 
     fn check(&self) -> Result<(), Error> {
-        if self.r == 0 {
-            return Err(Error::config("r", "expected a rank of 1 or more, found 0"));
-        }
-        if !self.lora_alpha.is_finite() {
-            let found = format!("expected a finite number, found {}", self.lora_alpha);
-            return Err(Error::config("lora_alpha", found));
-        }
-        if !(0.0..1.0).contains(&self.lora_dropout) {
-            let found = format!("expected a probability in [0, 1), found {}", self.lora_dropout);
-            return Err(Error::config("lora_dropout", found));
-        }
-        Ok(())
+        positive("r", self.r)?;
+        finite("lora_alpha", self.lora_alpha)?;
+        probability("lora_dropout", self.lora_dropout)
     }
 
     fn starts_as_identity(&self) -> bool {
@@ -323,6 +307,7 @@ impl Method for Lora {
     fn init(
         &self,
         site: &Site,
+        _shared: &(),
         rng: &mut ChaCha8Rng,
         device: &Device,
     ) -> Result<LoraAdapter, Error> {
@@ -415,6 +400,7 @@ impl Method for Lora {
     fn restore(
         &self,
         site: &Site,
+        _shared: &(),
         file: &mut PlaceTensors<'_>,
         device: &Device,
     ) -> Result<LoraAdapter, Error> {

@@ -1,4 +1,5 @@
-//! No method falls back to a dense difference in silence: a forward pass through a wide layer must not
+//! No method falls back to a dense difference in silence, unless it says that it has no other way
+//! (`WEIGHT_ONLY`): a forward pass through a wide layer must not
 //! allocate as much as its weight. A binary of its own, because it counts every allocation.
 
 use burn::module::Module;
@@ -43,6 +44,9 @@ struct Factored {
 
 impl ForEach for Factored {
     fn visit<T: Method>(&mut self) {
+        if T::WEIGHT_ONLY {
+            return;
+        }
         let sites = Sites::of(&self.model, None);
         for method in T::samples(&Targets::list(["query"])) {
             let adapters =

@@ -269,13 +269,12 @@ law!(
     parameters_are_as_in_the_paper,
     |case| {
         let adapters = case.adapters(0).expect("fits");
-        let mut expected = 0;
-        for (path, adapter) in adapters.iter() {
-            let site = case.sites.get(path).expect("was found by it");
-            assert_eq!(adapter.num_params(), case.method.parameters(site), "{} {path}", case.name);
-            expected += case.method.parameters(site);
-        }
+        let sites: Vec<_> =
+            adapters.iter().map(|(path, _)| case.sites.get(path).expect("was found by it")).collect();
+        let mut expected: usize = sites.iter().map(|site| case.method.parameters(site)).sum();
+        expected += case.method.shared_parameters(&sites);
         expected += adapters.copies().map(|(_, copy)| copy.num_params()).sum::<usize>();
+        assert_eq!(adapters.num_params(), expected, "{}", case.name);
         let summary = burn_peft::core::Summary::new(&case.sites, &adapters);
         assert_eq!(summary.trainable, expected, "{}", case.name);
         assert_eq!(summary.total, case.model.num_params() + expected, "{}", case.name);

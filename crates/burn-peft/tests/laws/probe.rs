@@ -13,7 +13,8 @@ const VOCAB: usize = 11;
 const WIDTH: usize = 8;
 const SEQ: usize = 5;
 
-/// Words, two linear layers, both convolutions, a norm and a head.
+/// Words, two linear layers, both convolutions, a norm and a head. Widths of linear layers are multiples
+/// of 4, for methods that cut them into blocks.
 #[derive(Module, Debug)]
 pub(crate) struct Probe {
     words: Embedding,
@@ -33,10 +34,10 @@ impl Probe {
             words: EmbeddingConfig::new(VOCAB, WIDTH).init(device),
             query: LinearConfig::new(WIDTH, WIDTH).init(device),
             conv: conv.init(device),
-            image: Conv2dConfig::new([1, 3], [2, 2]).with_stride([1, 2]).init(device),
-            norm: LayerNormConfig::new(9).init(device),
-            mix: LinearConfig::new(9, 7).init(device),
-            head: LinearConfig::new(7, 4).init(device),
+            image: Conv2dConfig::new([1, 4], [2, 2]).with_stride([1, 2]).init(device),
+            norm: LayerNormConfig::new(12).init(device),
+            mix: LinearConfig::new(12, 8).init(device),
+            head: LinearConfig::new(8, 4).init(device),
         };
         model.map(&mut Drawn::new(1, 0.5))
     }
@@ -63,7 +64,7 @@ impl Probe {
     }
 }
 
-/// `[batch, 3, h, w]` → `[batch, h, 3 · w]`.
+/// `[batch, 4, h, w]` → `[batch, h, 4 · w]`.
 fn flat(x: Tensor<4>) -> Tensor<3> {
     let [batch, channels, height, width] = x.dims();
     x.swap_dims(1, 2).reshape([batch, height, channels * width])
