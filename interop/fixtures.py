@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import save_file
 from torch import nn
 
+import methods
 import tiny
 
 ROOT = Path(__file__).resolve().parent.parent / "fixtures"
@@ -112,8 +113,18 @@ def adapters():
     write_adapter("cnn", model, weights | {"x": x, "before": before, "logits": model(x)}, None)
 
 
-def write_adapter(name, model, tensors, base):
-    folder = ROOT / "adapters" / name
+def other_methods():
+    for name, config, base in methods.configurations():
+        torch.manual_seed(4)
+        model = get_peft_model({"bert": tiny.bert, "llama": tiny.llama}[base](), config)
+        trained = [n for n, p in model.named_parameters() if p.requires_grad and "classifier" not in n]
+        tiny.randomize(model, trained)
+        inputs = tiny.inputs(types=True) if base == "bert" else tiny.inputs(left=True)
+        write_adapter(name, model, {"logits": model(**inputs).logits}, f"../../models/{base}", "methods")
+
+
+def write_adapter(name, model, tensors, base, kind="adapters"):
+    folder = ROOT / kind / name
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
@@ -155,4 +166,5 @@ if __name__ == "__main__":
     ROOT.mkdir()
     models()
     adapters()
+    other_methods()
     targets()

@@ -16,17 +16,21 @@ const STEPS: &[Step] = &[
     Step { name: "docs", what: "the documentation builds without a warning", run: docs },
     Step { name: "test", what: "all tests on the default backend", run: tests },
     Step { name: "interop", what: "adapters go to HF PEFT and come from it", run: interop },
-    Step { name: "gpus", what: "the CUDA and Vulkan backends type-check", run: gpus },
-    Step { name: "wgpu", what: "the laws on wgpu, by Mesa's lavapipe, and on ndarray", run: wgpu },
+    Step { name: "cuda", what: "the CUDA backend type-checks", run: cuda },
+    Step {
+        name: "backends",
+        what: "the laws and the program on wgpu and vulkan, by Mesa's lavapipe, and on ndarray",
+        run: backends,
+    },
 ];
 
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Steps: format, deny, lints, docs, test, interop, gpus, wgpu.
+#[command(after_help = "Steps: format, deny, lints, docs, test, interop, cuda, backends.
 
 Examples:
   cargo xtask ci
   cargo xtask ci --only format,lints
-  cargo xtask ci --skip wgpu,interop")]
+  cargo xtask ci --skip backends,interop")]
 pub(crate) struct CiArgs {
     /// Steps to run
     #[arg(long, value_delimiter = ',', value_name = "NAME,...")]
@@ -88,18 +92,22 @@ fn interop() -> Result<(), Failure> {
     exec::run(&mut check)
 }
 
-fn gpus() -> Result<(), Failure> {
-    let mut check = exec::cargo(["check", "--package", "burn-peft", "--features", "cuda,vulkan"]);
+fn cuda() -> Result<(), Failure> {
+    let mut check = exec::cargo(["check", "--package", "burn-peft", "--features", "cuda"]);
     // As on docs.rs, the build scripts then fetch no compiler.
     exec::run(check.env("DOCS_RS", "1"))
 }
 
-fn wgpu() -> Result<(), Failure> {
+fn backends() -> Result<(), Failure> {
     let driver = vulkan::lavapipe()?;
-    let mut laws = exec::cargo(["test", "--package", "burn-peft", "--test", "laws"]);
+    let packages = ["--package", "burn-peft", "--package", "burn-peft-cli"];
+    let mut laws = exec::cargo(["test"]);
+    laws.args(packages).args(["--test", "laws", "--test", "program"]);
     // Small shapes: compiling fast is worth more than running fast. In a folder of its own, so
     // that the unoptimised Burn does not push the other one out.
-    laws.args(["--features", "ndarray,wgpu", "--config", r#"profile.dev.package."*".opt-level=0"#]);
+    let features = ["ndarray", "wgpu", "vulkan"].map(|name| format!("burn-peft-cli/{name}"));
+    laws.arg("--features").arg(features.join(","));
+    laws.args(["--config", r#"profile.dev.package."*".opt-level=0"#]);
     laws.arg("--target-dir").arg(target()?.join("unoptimised"));
     laws.env("VK_DRIVER_FILES", &driver).env("VK_ICD_FILENAMES", &driver);
     exec::run(&mut laws)

@@ -2,7 +2,7 @@
 
 use crate::args::{ColumnArgs, EvalArgs, PredictArgs};
 use crate::failure::{Failure, print};
-use crate::model::{Task, causal, classifier};
+use crate::model::{Task, causal, causal_length, classifier};
 use crate::options::text_unit;
 use burn::tensor::activation::softmax;
 use burn_peft::core::Scope;
@@ -38,7 +38,8 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<(), Failure> {
     let task = Task::of(&args.model.model, args.model.task.as_deref())?;
     let report = match task {
         Task::Classification => {
-            let (ready, names) = classifier(&args.model)?;
+            let (ready, names, config) = classifier(&args.model)?;
+            config.check_classes()?;
             ready.refuse_fresh(&args.model.model)?;
             let examples = read_labelled(&args.test_file, &args.columns.columns())?;
             let labels = Labels { names };
@@ -59,7 +60,7 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<(), Failure> {
         Task::CausalLm => {
             let unit = text_unit(args.text_unit.as_deref())?;
             let ready = causal(&args.model)?;
-            let length = args.max_length.unwrap_or(512).min(ready.model.max_positions());
+            let length = causal_length(args.max_length, ready.model.max_positions())?;
             let (items, _) = read_causal(&args.test_file, &tokenizer, length, unit)?;
             let lengths: Vec<usize> = items.iter().map(|item| item.ids.len()).collect();
             let make = move |picked: &[usize]| {
@@ -125,15 +126,21 @@ pub(crate) fn predict(args: &PredictArgs) -> Result<(), Failure> {
     if examples.is_empty() {
         return Err(Failure::new("nothing to label: give --text or --test-file"));
     }
-    let (ready, labels) = classifier(&args.model)?;
+    let (ready, labels, config) = classifier(&args.model)?;
+    config.check_classes()?;
     ready.refuse_fresh(&args.model.model)?;
     let tokenizer = TextTokenizer::load(&args.model.model)?;
     let encoded = encode(&tokenizer, &examples, args.max_length)?;
     let overlay = ready.overlay();
-    for (texts, rows) in examples.chunks(size).zip(encoded.chunks(size)) {
+    let batch = |rows: &[Encoded]| {
         let rows: Vec<(&[u32], &[u32])> = rows.iter().map(|e| (&*e.ids, &*e.type_ids)).collect();
-        let tokens = pad(&rows, tokenizer.pad);
-        ready.model.check(&tokens)?;
+        pad(&rows, tokenizer.pad)
+    };
+    for rows in encoded.chunks(size) {
+        ready.model.check(&batch(rows))?;
+    }
+    for (texts, rows) in examples.chunks(size).zip(encoded.chunks(size)) {
+        let tokens = batch(rows);
         let logits = ready.model.forward(&tokens, &Scope::new(&overlay)).without_autodiff();
         let shares = softmax(logits, 1).into_data().convert::<f32>();
         let shares = shares.as_slice::<f32>().unwrap_or_default();

@@ -7,11 +7,14 @@ use std::path::Path;
 /// Names of the classes, in the order of their numbers: a JSON list.
 pub(crate) const LABELS: &str = "labels.json";
 
-pub(crate) fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(), Failure> {
+/// What a run says of itself.
+pub(crate) const SUMMARY: &str = "summary.json";
+
+pub(crate) fn json_bytes(name: &str, value: &impl serde::Serialize) -> Result<Vec<u8>, Failure> {
     let mut bytes = serde_json::to_vec_pretty(value)
-        .map_err(|e| Failure::new(format!("{}: cannot be written: {e}", path.display())))?;
+        .map_err(|e| Failure::new(format!("{name}: cannot be written: {e}")))?;
     bytes.push(b'\n');
-    Ok(write_atomic(path, &bytes)?)
+    Ok(bytes)
 }
 
 /// The class names that an adapter's folder holds.
@@ -54,7 +57,7 @@ pub(crate) fn claim(folder: &Path, names: &[&str], overwrite: bool) -> Result<()
 }
 
 /// What an adapter's folder is made of.
-pub(crate) const ADAPTER_FILES: &[&str] = &[CONFIG_FILE, TENSORS_FILE, "checkpoint"];
+pub(crate) const ADAPTER_FILES: &[&str] = &[CONFIG_FILE, TENSORS_FILE, "checkpoint/state.json"];
 
 /// Largest resident memory of this process so far, in bytes, where the system says.
 pub(crate) fn peak_memory() -> Option<u64> {

@@ -5,7 +5,7 @@ use crate::failure::{Failure, print};
 use crate::files::claim;
 use crate::model::{Ready, Task, causal, classifier};
 use burn_peft::core::{Folds, Scope, TensorFile, merge as fold, write_tensors};
-use burn_peft::models::{Pretrained, Sampling, Tokens, save_model};
+use burn_peft::models::{LlamaForCausalLM, Pretrained, Sampling, Tokens, save_model};
 use burn_peft::train::data::{Message, TextTokenizer};
 use serde_json::json;
 use std::path::Path;
@@ -56,7 +56,7 @@ pub(crate) fn forward(args: &ForwardArgs) -> Result<(), Failure> {
     let tokens = read_tokens(&args.inputs)?;
     let logits = match Task::of(&args.model.model, args.model.task.as_deref())? {
         Task::Classification => {
-            let (ready, _) = classifier(&args.model)?;
+            let (ready, ..) = classifier(&args.model)?;
             ready.refuse_fresh(&args.model.model)?;
             ready.model.check(&tokens)?;
             ready.model.forward(&tokens, &Scope::new(&ready.overlay())).into_data()
@@ -70,6 +70,24 @@ pub(crate) fn forward(args: &ForwardArgs) -> Result<(), Failure> {
     Ok(write_tensors(&args.output, [("logits".to_owned(), &logits.convert::<f32>())])?)
 }
 
+/// Tokens that end a text: the tokenizer's, and those of `generation_config.json`, one or several.
+fn end_tokens(folder: &Path, own: Option<u32>) -> Result<Vec<u32>, Failure> {
+    let mut ends: Vec<u32> = own.into_iter().collect();
+    let path = folder.join("generation_config.json");
+    if path.is_file() {
+        let said = |e: String| Failure::new(format!("{}: {e}", path.display()));
+        let text = std::fs::read_to_string(&path).map_err(|e| said(e.to_string()))?;
+        let json: serde_json::Value =
+            serde_json::from_str(&text).map_err(|e| said(format!("is not JSON: {e}")))?;
+        let named = json.get("eos_token_id");
+        let several = named.and_then(|named| named.as_array());
+        let several = several.map_or(named.into_iter().collect(), |list| list.iter().collect());
+        let several: Vec<&serde_json::Value> = several;
+        ends.extend(several.into_iter().filter_map(|id| u32::try_from(id.as_u64()?).ok()));
+    }
+    Ok(ends)
+}
+
 pub(crate) fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     if Task::of(&args.model.model, args.model.task.as_deref())? != Task::CausalLm {
         return Err(Failure::new(
@@ -77,15 +95,13 @@ pub(crate) fn generate(args: &GenerateArgs) -> Result<(), Failure> {
         ));
     }
     let tokenizer = TextTokenizer::load(&args.model.model)?;
-    let (text, special) = match (&tokenizer.template, args.chat) {
-        (_, false) => (args.prompt.clone(), true),
-        (Some(template), true) => {
+    let (text, special) = match args.chat {
+        false => (args.prompt.clone(), true),
+        true => {
+            let template = tokenizer.template();
+            let template = template.map_err(|e| Failure::new(format!("{e}; leave --chat out")))?;
             let turn = Message { role: "user".into(), content: args.prompt.clone() };
             (template.render(&[turn], true).map_err(Failure::new)?, false)
-        }
-        (None, true) => {
-            let folder = args.model.model.display();
-            return Err(Failure::new(format!("{folder}: has no chat template; leave --chat out")));
         }
     };
     let prompt = tokenizer.encode_whole(&[&text], special)?.concat();
@@ -97,7 +113,7 @@ pub(crate) fn generate(args: &GenerateArgs) -> Result<(), Failure> {
         top_k: args.top_k,
         top_p: args.top_p,
         seed: args.seed,
-        eos: tokenizer.eos.into_iter().collect(),
+        eos: end_tokens(&args.model.model, tokenizer.eos)?,
     };
     // Tokens are no letters: what is printed is what the text has grown by.
     let mut so_far: Vec<u32> = Vec::new();
@@ -135,6 +151,9 @@ fn write_merged<M: Pretrained>(
     ready: &Ready<M>,
     fields: &[(&str, serde_json::Value)],
 ) -> Result<(), Failure> {
+    let mut fields = fields.to_vec();
+    // What was read in half precision is written as it was merged.
+    fields.extend([("torch_dtype", json!("float32")), ("dtype", json!("float32"))]);
     let mut folds: Vec<Box<dyn Folds + '_>> = Vec::new();
     for adapters in &ready.adapters {
         let name = adapters.name();
@@ -144,7 +163,7 @@ fn write_merged<M: Pretrained>(
     }
     let parts: Vec<(&dyn Folds, f64)> = folds.iter().map(|part| (part.as_ref(), 1.0)).collect();
     let merged = fold(&ready.model, &parts)?;
-    save_model(&merged, &args.model.model, &args.output_dir, fields)?;
+    save_model(&merged, &args.model.model, &args.output_dir, &fields)?;
     print(&format!("merged model in {}\n", args.output_dir.display()))
 }
 
@@ -156,7 +175,7 @@ pub(crate) fn merge(args: &MergeArgs) -> Result<(), Failure> {
     claim(&args.output_dir, &["config.json", "model.safetensors"], args.overwrite)?;
     match Task::of(model, task.as_deref())? {
         Task::Classification => {
-            let (ready, labels) = classifier(&args.model)?;
+            let (ready, labels, _) = classifier(&args.model)?;
             ready.refuse_fresh(model)?;
             let numbered = || labels.iter().enumerate();
             let names: serde_json::Map<_, _> =
@@ -171,8 +190,17 @@ pub(crate) fn merge(args: &MergeArgs) -> Result<(), Failure> {
             write_merged(args, &ready, &fields)
         }
         Task::CausalLm => {
-            let fields = [("architectures", json!(["LlamaForCausalLM"]))];
-            write_merged(args, &causal(&args.model)?, &fields)
+            let mut ready = causal(&args.model)?;
+            let mut fields = vec![("architectures", json!(["LlamaForCausalLM"]))];
+            // An adapted embedding is adapted as one; as output it stays what it was.
+            let mut laid = Vec::new();
+            ready.overlay().at(LlamaForCausalLM::EMBEDDING, &mut laid);
+            if !laid.is_empty() {
+                drop(laid);
+                ready.model = ready.model.untied();
+                fields.push(("tie_word_embeddings", json!(false)));
+            }
+            write_merged(args, &ready, &fields)
         }
     }
 }

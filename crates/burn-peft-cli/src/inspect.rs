@@ -2,6 +2,7 @@
 
 use crate::failure::{Failure, print};
 use burn_peft::core::{CONFIG_FILE, TENSORS_FILE, TensorFile, grouped};
+use burn_peft::models::weight_files;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -18,16 +19,7 @@ fn files(folder: &Path) -> Result<(PathBuf, Vec<PathBuf>), Failure> {
             folder.display()
         )));
     }
-    let mut shards = Vec::new();
-    let entries = std::fs::read_dir(folder)
-        .map_err(|e| Failure::new(format!("{}: {e}", folder.display())))?;
-    for entry in entries.flatten() {
-        if entry.path().extension().is_some_and(|e| e == "safetensors") {
-            shards.push(entry.path());
-        }
-    }
-    shards.sort();
-    Ok((config, shards))
+    Ok((config, weight_files(folder)?))
 }
 
 /// `a.0.b` and `a.1.b` are one line.

@@ -92,13 +92,20 @@ fn ready<M: Pretrained>(
     // What an adapter brings along is not missing.
     let brought = |name: &String| {
         let place = name.rsplit_once('.').map_or(name.as_str(), |(place, _)| place);
-        adapters.iter().any(|a| {
+        let bring = |a: &&Box<dyn AnyAdapters>| {
             let mut laid = Vec::new();
             a.at(place, &mut laid);
             !laid.is_empty()
-        })
+        };
+        adapters.iter().filter(bring).count()
     };
-    let fresh: Vec<String> = loaded.fresh.into_iter().filter(|name| !brought(name)).collect();
+    if let Some(name) = loaded.fresh.iter().find(|name| brought(name) > 1) {
+        return Err(Failure::new(format!(
+            "{}: has no `{name}`, and more than one --adapter brings it; give one of them",
+            args.model.display()
+        )));
+    }
+    let fresh: Vec<String> = loaded.fresh.into_iter().filter(|name| brought(name) == 0).collect();
     Ok(Ready { model: loaded.model, adapters, device, fresh })
 }
 
@@ -115,23 +122,45 @@ impl<M: Pretrained> Ready<M> {
     }
 }
 
+/// Most tokens of a sequence for a causal model: what was asked for, or 512.
+pub(crate) fn causal_length(asked: Option<usize>, positions: usize) -> Result<usize, Failure> {
+    match asked.unwrap_or(512.min(positions)) {
+        length if (2..=positions).contains(&length) => Ok(length),
+        found => Err(Failure::new(format!(
+            "--max-length: expected 2 to {positions}, the model's positions, found {found}"
+        ))),
+    }
+}
+
 /// The names of a model's own classes.
-fn own_labels(config: &BertConfig) -> Vec<String> {
+pub(crate) fn own_labels(config: &BertConfig) -> Vec<String> {
     let named = config.id2label.clone().unwrap_or_default();
     let name = |id: usize| named.get(&id.to_string()).cloned().unwrap_or(format!("LABEL_{id}"));
     (0..config.labels()).map(name).collect()
 }
 
-/// A classifier with the head of its adapters, or of its checkpoint, and the names of its classes.
+/// A classifier with the head of its adapters, or of its checkpoint, the names of its classes, and its
+/// configuration.
 pub(crate) fn classifier(
     args: &ModelArgs,
-) -> Result<(Ready<BertForSequenceClassification>, Vec<String>), Failure> {
+) -> Result<(Ready<BertForSequenceClassification>, Vec<String>, BertConfig), Failure> {
     let device = burn_peft::device::by_name(&args.device)?;
-    let mut labels = None;
+    let mut labels: Option<Vec<String>> = None;
     let mut rows = None;
     for folder in &args.adapter {
         peft_type(folder)?;
-        labels = labels.or(read_labels(folder)?);
+        let theirs = read_labels(folder)?;
+        if let (Some(one), Some(other)) = (&labels, &theirs)
+            && one != other
+        {
+            return Err(Failure::new(format!(
+                "{}: its classes are {}, those of an adapter before it {}",
+                folder.display(),
+                other.join(", "),
+                one.join(", ")
+            )));
+        }
+        labels = labels.or(theirs);
         rows = rows.or(head_rows(folder, BertForSequenceClassification::OUTPUT)?);
     }
     let edit = |config: &mut BertConfig| {
@@ -144,7 +173,8 @@ pub(crate) fn classifier(
         BertForSequenceClassification::load(&args.model, Precision::F32, 0, &device, edit)?;
     let own = own_labels(&loaded.config);
     let labels = labels.filter(|names| names.len() == own.len()).unwrap_or(own);
-    Ok((ready(args, loaded, device)?, labels))
+    let config = loaded.config.clone();
+    Ok((ready(args, loaded, device)?, labels, config))
 }
 
 /// A causal language model with its adapters.

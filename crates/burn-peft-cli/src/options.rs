@@ -27,12 +27,14 @@ pub(crate) fn merged(args: TrainArgs) -> Result<(TrainArgs, Map<String, Value>),
         }
     };
     let object = |args: &TrainArgs| match serde_json::to_value(args) {
-        Ok(Value::Object(object)) => object,
-        _ => Map::new(),
+        Ok(Value::Object(object)) => Ok(object),
+        Ok(_) => Ok(Map::new()),
+        // A path that is no UTF-8.
+        Err(e) => Err(Failure::new(format!("options: {e}"))),
     };
-    let mut fields = object(&file);
+    let mut fields = object(&file)?;
     let empty = |value: &Value| value.is_null() || value.as_array().is_some_and(Vec::is_empty);
-    fields.extend(object(&args).into_iter().filter(|(_, value)| !empty(value)));
+    fields.extend(object(&args)?.into_iter().filter(|(_, value)| !empty(value)));
     let (resume, overwrite) = (args.resume, args.overwrite);
     let all: TrainArgs = serde_json::from_value(Value::Object(fields.clone()))
         .map_err(|e| Failure::new(format!("options: {e}")))?;
@@ -153,17 +155,28 @@ pub(crate) fn configure<T: Method>(
 }
 
 /// A short name of everything that shapes a run's numbers: FNV-1a over its arguments and data.
-pub(crate) fn fingerprint(fields: &Map<String, Value>, examples: usize, steps: usize) -> String {
+pub(crate) fn fingerprint(
+    args: &TrainArgs,
+    fields: &Map<String, Value>,
+    steps: usize,
+) -> Result<String, Failure> {
     let mut fields = fields.clone();
     for name in NOT_THE_RUN {
         fields.remove(*name);
     }
     fields.sort_keys();
-    let text = format!("{} {examples} {steps}", Value::Object(fields));
-    let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
-    format!("{hash:016x}")
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let mut take = |bytes: &[u8]| {
+        hash = bytes
+            .iter()
+            .fold(hash, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
+    };
+    take(format!("{} {steps}", Value::Object(fields)).as_bytes());
+    for path in [&args.train_file, &args.validation_file].into_iter().flatten() {
+        let read = std::fs::read(path);
+        take(&read.map_err(|e| Failure::new(format!("{}: {e}", path.display())))?);
+    }
+    Ok(format!("{hash:016x}"))
 }
 
 /// What a document of a plain text is.

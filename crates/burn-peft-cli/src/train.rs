@@ -1,13 +1,13 @@
 //! `burn-peft train`.
 
 use crate::args::TrainArgs;
-use crate::failure::{Failure, print};
-use crate::files::{ADAPTER_FILES, LABELS, claim, peak_memory, write_json};
-use crate::model::Task;
+use crate::failure::{Failure, print, tell};
+use crate::files::{ADAPTER_FILES, LABELS, SUMMARY, claim, json_bytes, peak_memory};
+use crate::model::{Task, causal_length, own_labels};
 use crate::options::{configure, fingerprint, merged, need, part, text_unit};
 use burn::module::Module;
 use burn::tensor::Device;
-use burn_peft::core::{AdapterConfig, Method, Scope, Sites, Summary, adapt, save};
+use burn_peft::core::{AdapterConfig, Method, Scope, Sites, Summary, adapt, save_with};
 use burn_peft::models::{
     BertConfig, BertForSequenceClassification, LlamaForCausalLM, Loaded, Precision, Pretrained,
 };
@@ -49,7 +49,12 @@ pub(crate) fn run(args: TrainArgs) -> Result<(), Failure> {
             "--resume continues a run and --overwrite replaces it; give one of them",
         ));
     }
-    if !args.resume {
+    if args.resume {
+        if Checkpoint::of(&out).state()?.is_none() {
+            let reason = "holds no checkpoint to resume from; start without --resume";
+            return Err(Failure::new(format!("{}: {reason}", out.display())));
+        }
+    } else {
         claim(&out, ADAPTER_FILES, args.overwrite)?;
         if args.overwrite {
             Checkpoint::of(&out).remove();
@@ -71,7 +76,6 @@ struct Prepared<B: Objective + Pretrained> {
     /// Layers that must be trained whole.
     saved: Vec<String>,
     labels: Option<Vec<String>>,
-    examples: usize,
 }
 
 fn class_items(
@@ -101,7 +105,7 @@ fn classification(setup: &Setup) -> Result<(), Failure> {
         label: args.label_column.clone().unwrap_or("label".into()),
     };
     let mut examples = read_labelled(path, &columns)?;
-    let labels = Labels::of(path, &examples)?;
+    let labels = in_the_models_order(Labels::of(path, &examples)?, &setup.model)?;
     let mut valid = match &args.validation_file {
         Some(file) => read_labelled(file, &columns)?,
         None => Vec::new(),
@@ -148,6 +152,7 @@ fn classification(setup: &Setup) -> Result<(), Failure> {
         &setup.device,
         edit,
     )?;
+    belongs(&tokenizer, pad, loaded.model.vocab(), &setup.model)?;
     for item in [Some(&train), Some(&valid), test.as_ref()].into_iter().flatten().flat_map(|i| &**i)
     {
         loaded.model.check(&class_batch(std::slice::from_ref(item), &[0], pad).tokens)?;
@@ -167,9 +172,35 @@ fn classification(setup: &Setup) -> Result<(), Failure> {
             loaded,
             saved,
             labels: Some(labels.names.clone()),
-            examples: train.len(),
         },
     )
+}
+
+/// Refuses a tokenizer whose padding the model does not know.
+fn belongs(tokenizer: &TextTokenizer, pad: u32, vocab: usize, model: &Path) -> Result<(), Failure> {
+    if (pad as usize) < vocab {
+        return Ok(());
+    }
+    Err(Failure::new(format!(
+        "{}: the tokenizer knows {} tokens and pads with {pad}, the model knows {vocab}; do they \
+         belong together?",
+        model.display(),
+        tokenizer.vocab(),
+    )))
+}
+
+/// The classes as the model numbers them, if its own head is for just these.
+fn in_the_models_order(labels: Labels, model: &Path) -> Result<Labels, Failure> {
+    let own = own_labels(&BertForSequenceClassification::config(model)?);
+    let sorted = |names: &[String]| {
+        let mut names = names.to_vec();
+        names.sort();
+        names
+    };
+    Ok(match sorted(&own) == sorted(&labels.names) {
+        true => Labels { names: own },
+        false => labels,
+    })
 }
 
 fn held_out(args: &TrainArgs) -> Result<Option<f64>, Failure> {
@@ -197,24 +228,11 @@ fn causal(setup: &Setup) -> Result<(), Failure> {
         &setup.device,
         |_| (),
     )?;
-    let max_length = args.max_length.unwrap_or(512.min(loaded.model.max_positions()));
-    if max_length < 2 || max_length > loaded.model.max_positions() {
-        return Err(Failure::new(format!(
-            "--max-length: expected 2 to {}, the model's positions, found {max_length}",
-            loaded.model.max_positions()
-        )));
-    }
-    if tokenizer.vocab() > loaded.model.vocab() {
-        return Err(Failure::new(format!(
-            "{}: the tokenizer knows {} tokens and the model {}; do they belong together?",
-            setup.model.display(),
-            tokenizer.vocab(),
-            loaded.model.vocab()
-        )));
-    }
+    let max_length = causal_length(args.max_length, loaded.model.max_positions())?;
+    belongs(&tokenizer, tokenizer.pad, loaded.model.vocab(), &setup.model)?;
     let read = |path: &Path| -> Result<Vec<CausalItem>, Failure> {
         let (items, report) = read_causal(path, &tokenizer, max_length, unit)?;
-        eprintln!(
+        tell(&format!(
             "{}: {} documents, {} tokens in {} sequences, {} cut, {} left out",
             path.display(),
             report.documents,
@@ -222,7 +240,10 @@ fn causal(setup: &Setup) -> Result<(), Failure> {
             items.len(),
             report.cut,
             report.dropped
-        );
+        ));
+        for item in 0..items.len() {
+            loaded.model.check(&causal_batch(&items, &[&[item]], tokenizer.pad).tokens)?;
+        }
         Ok(items)
     };
     let mut train = read(path)?;
@@ -239,7 +260,6 @@ fn causal(setup: &Setup) -> Result<(), Failure> {
     let packing = args.packing.unwrap_or(false);
     let pad = tokenizer.pad;
     let size = setup.options.per_device_eval_batch_size;
-    let examples = train.len();
     let rows = |items: Vec<CausalItem>| {
         let rows = match packing {
             true => pack(&items, max_length),
@@ -267,7 +287,6 @@ fn causal(setup: &Setup) -> Result<(), Failure> {
             loaded,
             saved: Vec::new(),
             labels: None,
-            examples,
         },
     )
 }
@@ -318,15 +337,15 @@ impl<B: Objective + Pretrained> Job for TrainJob<'_, B> {
         let sites = Sites::of(&*base, Some(B::OUTPUT));
         let adapters = adapt(&sites, &method, setup.options.seed, &device.clone().autodiff())?;
         let summary = Summary::new(&sites, &adapters);
-        eprint!("{summary}");
+        tell(summary.to_string().trim_end());
         let before = match (&prepared.test, setup.args.resume) {
             (Some(test), false) => {
                 let report = evaluated(&*base, test, device, &Scope::new(&adapters.valid()));
-                eprintln!(
+                tell(&format!(
                     "before training: test loss {:.4}, accuracy {:.4}",
                     report.loss,
                     report.accuracy()
-                );
+                ));
                 Some(scores(report))
             }
             _ => None,
@@ -353,7 +372,7 @@ impl<B: Objective + Pretrained> Job for TrainJob<'_, B> {
         let run = Run {
             base: base.clone(),
             device: device.clone(),
-            fingerprint: fingerprint(&setup.fields, prepared.examples, prepared.train.steps()),
+            fingerprint: fingerprint(&setup.args, &setup.fields, prepared.train.steps())?,
             train: prepared.train,
             valid: prepared.valid,
             options: setup.options.clone(),
@@ -373,8 +392,9 @@ impl<B: Objective + Pretrained> Job for TrainJob<'_, B> {
         let after = prepared.test.as_ref().map(|test| {
             scores(evaluated(&*base, test, device, &Scope::new(&fitted.adapters.valid())))
         });
+        let mut beside = Vec::new();
         if let Some(labels) = &prepared.labels {
-            write_json(&out.join(LABELS), labels)?;
+            beside.push((LABELS, json_bytes(LABELS, labels)?));
         }
         let (tokens, padded) = fitted.tokens;
         let summary_json = json!({
@@ -389,11 +409,11 @@ impl<B: Objective + Pretrained> Job for TrainJob<'_, B> {
             "epochs": setup.options.num_train_epochs,
             "padding": 1.0 - tokens as f64 / padded.max(1) as f64,
         });
-        write_json(&out.join("summary.json"), &summary_json)?;
+        beside.push((SUMMARY, json_bytes(SUMMARY, &summary_json)?));
         let mut config = AdapterConfig::new(method);
         config.task_type = Some(setup.task.task_type().into());
         config.base_model_name_or_path = Some(setup.model.display().to_string());
-        save(out, &config, &sites, &fitted.adapters)?;
+        save_with(out, &config, &sites, &fitted.adapters, &beside)?;
         // The adapter is whole and in its place: the checkpoint has done its work.
         Checkpoint::of(out).remove();
         let mut text = format!("{} steps in {:.1} s", fitted.steps, fitted.seconds);

@@ -3,12 +3,12 @@
 use crate::adapters::copies;
 use crate::{
     Adapters, Error, Method, Part, PlaceTensors, Site, Sites, Strictness, TensorFile, TrainedCopy,
-    write_atomic, write_tensors,
+    tensor_bytes, write_together,
 };
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use serde_json::{Map, Value as Json};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Name of the configuration in an adapter's folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -153,8 +153,8 @@ pub fn peft_type(folder: &Path) -> Result<String, Error> {
     }
 }
 
-/// Writes an adapter as HF PEFT does. Each file is written whole or not at all; the configuration
-/// comes last, so that a folder with one is complete.
+/// Writes an adapter as HF PEFT does: all files or none, the configuration last, so that a folder with
+/// one is complete.
 ///
 /// # Errors
 /// What the operating system says.
@@ -163,6 +163,20 @@ pub fn save<T: Method>(
     config: &AdapterConfig<T>,
     sites: &Sites,
     adapters: &Adapters<T::Adapter>,
+) -> Result<(), Error> {
+    save_with(folder, config, sites, adapters, &[])
+}
+
+/// [`save`], with other files that belong to the adapter (names of classes, a summary).
+///
+/// # Errors
+/// As [`save`].
+pub fn save_with<T: Method>(
+    folder: &Path,
+    config: &AdapterConfig<T>,
+    sites: &Sites,
+    adapters: &Adapters<T::Adapter>,
+    others: &[(&str, Vec<u8>)],
 ) -> Result<(), Error> {
     let mut tensors: Vec<(String, TensorData)> = Vec::new();
     if let Some((_, adapter)) = adapters.iter().next() {
@@ -191,9 +205,14 @@ pub fn save<T: Method>(
         }
     }
     let path = folder.join(TENSORS_FILE);
-    write_tensors(&path, tensors.iter().map(|(name, data)| (name.clone(), data)))?;
-    let path = folder.join(CONFIG_FILE);
-    write_atomic(&path, &config.to_json(&path)?)
+    let bytes = tensor_bytes(&path, tensors.iter().map(|(name, data)| (name.clone(), data)))?;
+    let mark = folder.join(CONFIG_FILE);
+    let json = config.to_json(&mark)?;
+    let mut files: Vec<(PathBuf, &[u8])> = Vec::new();
+    files.extend(others.iter().map(|(name, bytes)| (folder.join(name), bytes.as_slice())));
+    files.push((path, &bytes));
+    files.push((mark, &json));
+    write_together(&files)
 }
 
 fn copy_is_whole(copy: &TrainedCopy) -> bool {

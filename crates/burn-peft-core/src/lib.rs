@@ -36,10 +36,12 @@ pub use bank::{BASE, Bank, Selection};
 pub use copy::{Part, TrainedCopy};
 pub use error::Error;
 pub use fold::{Attached, attach, merge};
-pub use format::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, load, peft_type, save};
+pub use format::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, load, peft_type, save, save_with};
 pub use method::{Biases, Method, site_rng};
 pub use scope::{Laid, Overlay, Scope, Strength};
 pub use site::{Kind, Site, Sites, Value, as_matrix, from_matrix, hf_component, hf_path};
 pub use summary::{Summary, grouped};
 pub use targets::{ALL_LINEAR, Names, OneOrMany, Strictness, Targets, pattern_value};
-pub use tensors::{PlaceTensors, TensorFile, write_atomic, write_tensors};
+pub use tensors::{
+    PlaceTensors, TensorFile, tensor_bytes, write_atomic, write_tensors, write_together,
+};

@@ -48,6 +48,9 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// because nothing cheaper is known ([`composed`](crate::composed)).
     const WEIGHT_ONLY: bool = false;
 
+    /// Whether its files are HF PEFT's; a method that HF PEFT does not have writes the same layout.
+    const HF_FORMAT: bool = true;
+
     /// Names of the parameters that begin at zero and bring the method's effect to life: LoRA+
     /// (arXiv 2402.12354) makes them learn faster.
     const FASTER: &'static [&'static str] = &[];

@@ -133,6 +133,13 @@ impl Targets {
             Some(names) => Some(Rule::new("exclude_modules", names)?),
             None => None,
         };
+        if let (Names::Pattern(pattern), Some(_)) = (target, self.blocks()) {
+            let reason = format!(
+                "restricts a list of names only, as in HF PEFT; target_modules is `{pattern}`: name \
+                 the layers, or write the blocks into the pattern"
+            );
+            return Err(Error::config("layers_to_transform", reason));
+        }
         let saved = self.saved_patterns()?;
         let blocks = self.block_patterns()?;
 
@@ -181,6 +188,11 @@ impl Targets {
         Error::no_match("target_modules", name, what, candidates.map(|site| site.path.as_str()))
     }
 
+    fn blocks(&self) -> Option<&[usize]> {
+        let blocks = self.layers_to_transform.as_ref().map(OneOrMany::as_slice);
+        blocks.filter(|blocks| !blocks.is_empty())
+    }
+
     fn saved_patterns(&self) -> Result<Vec<Regex>, Error> {
         self.modules_to_save
             .iter()
@@ -201,16 +213,9 @@ impl Targets {
     }
 
     fn in_blocks(&self, patterns: &[Regex], path: &str) -> bool {
-        // As in HF PEFT: block indices restrict a list of names, not a regular expression.
-        if matches!(self.target_modules, Some(Names::Pattern(_))) {
-            return true;
-        }
-        let Some(wanted) = self.layers_to_transform.as_ref().map(OneOrMany::as_slice) else {
+        let Some(wanted) = self.blocks() else {
             return true;
         };
-        if wanted.is_empty() {
-            return true;
-        }
         patterns
             .iter()
             .find_map(|regex| regex.captures(path).ok().flatten())

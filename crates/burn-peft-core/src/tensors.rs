@@ -256,15 +256,25 @@ fn dtype_of(data: &TensorData) -> Option<Dtype> {
     })
 }
 
-/// Writes tensors as a safetensors file, whole or not at all, with the metadata `{"format": "pt"}`
-/// that PyTorch's readers ask for.
+/// Writes tensors as a safetensors file, whole or not at all.
 ///
 /// # Errors
-/// A type that the format cannot hold, or a disk that is full or read-only.
+/// As [`tensor_bytes`]; or a disk that is full or read-only.
 pub fn write_tensors<'t>(
     path: &Path,
     tensors: impl IntoIterator<Item = (String, &'t TensorData)>,
 ) -> Result<(), Error> {
+    write_atomic(path, &tensor_bytes(path, tensors)?)
+}
+
+/// Tensors as a safetensors file, with the metadata `{"format": "pt"}` that PyTorch's readers ask for.
+///
+/// # Errors
+/// A type that the format cannot hold; `path` is where the file will lie.
+pub fn tensor_bytes<'t>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (String, &'t TensorData)>,
+) -> Result<Vec<u8>, Error> {
     let mut views: BTreeMap<String, TensorView<'_>> = BTreeMap::new();
     for (name, data) in tensors {
         let Some(dtype) = dtype_of(data) else {
@@ -277,16 +287,49 @@ pub fn write_tensors<'t>(
         views.insert(name, view);
     }
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let bytes = safetensors::serialize(views, Some(metadata))
-        .map_err(|e| Error::format(path, format!("cannot be written: {e}")))?;
-    write_atomic(path, &bytes)
+    safetensors::serialize(views, Some(metadata))
+        .map_err(|e| Error::format(path, format!("cannot be written: {e}")))
 }
 
-/// Writes a file whole or not at all: a temporary file beside it, synced, then renamed over it.
+/// Writes a file whole or not at all: a temporary file beside it, synced, then renamed over it. What is
+/// no regular file (a pipe, `/dev/null`) is written to as it is.
 ///
 /// # Errors
 /// What the operating system says; the old file, if there was one, is untouched then.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    write_together(&[(path.to_owned(), bytes)])
+}
+
+/// Writes several files of one folder, all or none as far as a file system can: each is staged beside
+/// its place and synced, so that a full disk leaves the old ones, and then they get their names in
+/// order. The last one is the mark of a complete folder; an old one goes before any other changes.
+///
+/// # Errors
+/// What the operating system says.
+pub fn write_together(files: &[(PathBuf, &[u8])]) -> Result<(), Error> {
+    let mut staged = Vec::with_capacity(files.len());
+    for (path, bytes) in files {
+        // A link stays one: what it points to is replaced.
+        let path = path.canonicalize().unwrap_or_else(|_| path.clone());
+        match path.metadata() {
+            Ok(there) if !there.is_file() => {
+                std::fs::write(&path, bytes).map_err(|e| Error::io(&path, e))?;
+            }
+            _ => staged.push((stage(&path, bytes)?, path)),
+        }
+    }
+    if let [_, .., (_, mark)] = staged.as_slice()
+        && mark.is_file()
+    {
+        std::fs::remove_file(mark).map_err(|e| Error::io(mark, e))?;
+    }
+    for (file, path) in staged {
+        file.persist(&path).map_err(|e| Error::io(&path, e.error))?;
+    }
+    Ok(())
+}
+
+fn stage(path: &Path, bytes: &[u8]) -> Result<tempfile::NamedTempFile, Error> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
     let mut file = tempfile::NamedTempFile::new_in(folder).map_err(|e| Error::io(folder, e))?;
@@ -299,6 +342,5 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), Error> {
         let mode = std::fs::Permissions::from_mode(0o644);
         file.as_file().set_permissions(mode).map_err(|e| Error::io(path, e))?;
     }
-    file.persist(path).map_err(|e| Error::io(path, e.error))?;
-    Ok(())
+    Ok(file)
 }

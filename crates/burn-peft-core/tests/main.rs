@@ -160,3 +160,22 @@ fn a_write_is_whole_or_absent() {
     let left = std::fs::read_dir(folder.path()).expect("is there").count();
     assert_eq!(left, 2, "a temporary file was left");
 }
+
+#[cfg(unix)]
+#[test]
+fn a_link_stays_a_link_and_an_old_mark_goes_first() {
+    let folder = tempfile::tempdir().expect("makes a folder");
+    let [real, link] = ["real", "link"].map(|name| folder.path().join(name));
+    std::fs::write(&real, "old").expect("writes");
+    std::os::unix::fs::symlink(&real, &link).expect("links");
+    burn_peft_core::write_atomic(&link, b"new").expect("writes");
+    assert!(link.is_symlink() && std::fs::read(&real).is_ok_and(|bytes| bytes == b"new"));
+    let mark = folder.path().join("mark");
+    std::fs::write(&mark, "old").expect("writes");
+    // A folder cannot be replaced by a file: nothing is, and the mark is still there.
+    let part = folder.path().join("none/part");
+    std::fs::write(folder.path().join("none"), "in the way").expect("writes");
+    let files = [(part, b"new".as_slice()), (mark.clone(), b"new".as_slice())];
+    assert!(burn_peft_core::write_together(&files).is_err());
+    assert!(std::fs::read(&mark).is_ok_and(|bytes| bytes == b"old"));
+}

@@ -4,7 +4,7 @@
 
 use crate::Tokens;
 use crate::attention::{attention, padding_mask, split_heads};
-use crate::load::{Pretrained, linear, table};
+use crate::load::{Pretrained, linear, plausible, table};
 use burn::module::Module;
 use burn::nn::{Embedding, LayerNorm, LayerNormConfig, Linear};
 use burn::tensor::activation::{gelu, gelu_approximate, relu};
@@ -30,6 +30,8 @@ pub struct BertConfig {
     pub initializer_range: f64,
     pub id2label: Option<BTreeMap<String, String>>,
     pub num_labels: Option<usize>,
+    pub position_embedding_type: Option<String>,
+    pub problem_type: Option<String>,
 }
 
 impl Default for BertConfig {
@@ -47,6 +49,8 @@ impl Default for BertConfig {
             initializer_range: 0.02,
             id2label: None,
             num_labels: None,
+            position_embedding_type: None,
+            problem_type: None,
         }
     }
 }
@@ -57,7 +61,39 @@ impl BertConfig {
         self.id2label.as_ref().map(BTreeMap::len).or(self.num_labels).unwrap_or(2)
     }
 
+    /// Refuses heads whose outputs are not the scores of classes that exclude each other.
+    ///
+    /// # Errors
+    /// A `problem_type` of regression or of several labels at once, or a single label.
+    pub fn check_classes(&self) -> Result<(), Error> {
+        const EXPECTED: &str = "single_label_classification";
+        match self.problem_type.as_deref() {
+            None | Some(EXPECTED) if self.labels() > 1 => Ok(()),
+            None | Some(EXPECTED) => {
+                Err(Error::config("num_labels", "expected two classes or more, found 1"))
+            }
+            Some(other) => {
+                let reason = format!("`{other}` is not implemented; expected {EXPECTED}");
+                Err(Error::config("problem_type", reason))
+            }
+        }
+    }
+
     fn check(&self) -> Result<(), Error> {
+        plausible(&[
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("num_hidden_layers", self.num_hidden_layers),
+            ("num_attention_heads", self.num_attention_heads),
+            ("intermediate_size", self.intermediate_size),
+            ("max_position_embeddings", self.max_position_embeddings),
+            ("type_vocab_size", self.type_vocab_size),
+            ("num_labels", self.labels()),
+        ])?;
+        if let Some(other) = self.position_embedding_type.as_deref().filter(|t| *t != "absolute") {
+            let reason = format!("`{other}` is not implemented; expected absolute");
+            return Err(Error::config("position_embedding_type", reason));
+        }
         if self.num_attention_heads == 0
             || !self.hidden_size.is_multiple_of(self.num_attention_heads)
         {
@@ -296,6 +332,11 @@ impl BertModel {
 }
 
 impl BertForSequenceClassification {
+    /// Number of tokens it knows.
+    pub fn vocab(&self) -> usize {
+        self.limits.vocab
+    }
+
     /// The encoder below the classifier.
     pub fn encoder(&self) -> &BertModel {
         &self.bert

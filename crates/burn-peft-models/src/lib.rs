@@ -14,5 +14,5 @@ mod tokens;
 pub use bert::{BertConfig, BertForSequenceClassification, BertModel};
 pub use generate::{Sampling, generate};
 pub use llama::{KvCache, LlamaConfig, LlamaForCausalLM, LlamaModel, Rope};
-pub use load::{Loaded, Precision, Pretrained, model_type, save_model};
+pub use load::{Loaded, Precision, Pretrained, model_type, save_model, weight_files};
 pub use tokens::Tokens;

@@ -2,7 +2,7 @@
 
 use crate::Tokens;
 use crate::attention::{attention, causal_mask, split_heads};
-use crate::load::{Pretrained, linear, table};
+use crate::load::{Pretrained, linear, plausible, table};
 use burn::module::Module;
 use burn::nn::{Embedding, Linear, RmsNorm, RmsNormConfig};
 use burn::tensor::activation::silu;
@@ -64,8 +64,10 @@ impl Default for LlamaConfig {
 #[serde(default)]
 #[allow(missing_docs)]
 pub struct RopeScaling {
-    #[serde(alias = "type")]
     pub rope_type: Option<String>,
+    /// Older files' name of `rope_type`; newer ones may hold both.
+    #[serde(rename = "type")]
+    pub legacy_type: Option<String>,
     pub rope_theta: Option<f64>,
     pub factor: Option<f64>,
     pub low_freq_factor: Option<f64>,
@@ -95,7 +97,8 @@ impl Rope {
         let number = |name: &str, value: Option<f64>| {
             value.ok_or_else(|| Error::config(format!("rope_scaling.{name}"), "is missing"))
         };
-        let kind = scaling.rope_type.as_deref().unwrap_or("default");
+        let kind =
+            scaling.rope_type.as_deref().or(scaling.legacy_type.as_deref()).unwrap_or("default");
         let frequencies = match kind {
             "default" => plain.collect(),
             "linear" => {
@@ -170,6 +173,16 @@ impl LlamaConfig {
 
     fn check(&self) -> Result<(), Error> {
         let (heads, groups) = (self.num_attention_heads, self.groups());
+        plausible(&[
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("num_hidden_layers", self.num_hidden_layers),
+            ("num_attention_heads", heads),
+            ("num_key_value_heads", groups),
+            ("head_dim", self.head_dim()),
+            ("intermediate_size", self.intermediate_size),
+            ("max_position_embeddings", self.max_position_embeddings),
+        ])?;
         if heads == 0 || groups == 0 || !heads.is_multiple_of(groups) {
             let found = format!("{groups} does not divide num_attention_heads, {heads}");
             return Err(Error::config("num_key_value_heads", found));
@@ -366,6 +379,18 @@ impl LlamaModel {
 }
 
 impl LlamaForCausalLM {
+    /// Path of the embedding.
+    pub const EMBEDDING: &str = "model.embed_tokens";
+
+    /// The same function with an output layer of its own where the embedding served as one: what a
+    /// merge needs, when an adapter changes the embedding and not the output.
+    pub fn untied(mut self) -> Self {
+        let table = self.model.embed_tokens.weight.val(); // [vocab, hidden]
+        let weight = || burn::module::Param::from_tensor(table.transpose());
+        self.lm_head = self.lm_head.or_else(|| Some(Linear { weight: weight(), bias: None }));
+        self
+    }
+
     /// Most tokens that a sequence may have.
     pub fn max_positions(&self) -> usize {
         self.limits.1

@@ -3,12 +3,25 @@
 use burn::module::{Module, ModuleDisplay, ModuleMapper, ModuleVisitor, Param};
 use burn::nn::{Embedding, EmbeddingConfig, Initializer, Linear, LinearConfig};
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use burn_peft_core::{Error, TensorFile, hf_path, site_rng, write_tensors};
+use burn_peft_core::{Error, TensorFile, hf_path, site_rng, tensor_bytes, write_together};
 use rand::RngExt;
 use rand_distr::StandardNormal;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+
+/// Refuses sizes that no model has, before anything is made of that size.
+pub(crate) fn plausible(sizes: &[(&str, usize)]) -> Result<(), Error> {
+    const MOST: usize = 1 << 24;
+    for (field, size) in sizes {
+        let most = if *field == "num_hidden_layers" { 1 << 12 } else { MOST };
+        if *size == 0 || *size > most {
+            let reason = format!("expected a number from 1 to {most}, found {size}");
+            return Err(Error::config(*field, reason));
+        }
+    }
+    Ok(())
+}
 
 /// In which precision the weights are held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -44,6 +57,22 @@ pub trait Pretrained: Module + ModuleDisplay + Sync + 'static {
     /// Standard deviation of fresh weights.
     fn initializer_range(config: &Self::Config) -> f64;
 
+    /// The configuration of the model in a folder.
+    ///
+    /// # Errors
+    /// A missing or malformed file, or one of another architecture.
+    fn config(folder: &Path) -> Result<Self::Config, Error> {
+        let path = folder.join("config.json");
+        let found = model_type(folder)?;
+        if found != Self::MODEL_TYPE {
+            let reason = format!("model_type: expected {}, found {found}", Self::MODEL_TYPE);
+            return Err(Error::format(path, reason));
+        }
+        let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+        serde_json::from_str(&text)
+            .map_err(|e| Error::format(&path, format!("is not a {found} configuration: {e}")))
+    }
+
     /// Loads the model from a folder to the plain `device`. `edit` changes the configuration
     /// first, such as the number of classes. Fresh weights depend on `seed`.
     ///
@@ -57,21 +86,13 @@ pub trait Pretrained: Module + ModuleDisplay + Sync + 'static {
         device: &Device,
         edit: impl FnOnce(&mut Self::Config),
     ) -> Result<Loaded<Self>, Error> {
-        let path = folder.join("config.json");
-        let found = model_type(folder)?;
-        if found != Self::MODEL_TYPE {
-            let reason = format!("model_type: expected {}, found {found}", Self::MODEL_TYPE);
-            return Err(Error::format(path, reason));
-        }
-        let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
-        let mut config: Self::Config = serde_json::from_str(&text)
-            .map_err(|e| Error::format(&path, format!("is not a {found} configuration: {e}")))?;
+        let mut config = Self::config(folder)?;
         edit(&mut config);
         let model = Self::init(&config, device)?;
         let mut linears = Linears::default();
         model.visit(&mut linears);
         let mut loader = Loader {
-            file: TensorFile::open_shards(shards(folder)?)?,
+            file: TensorFile::open_shards(weight_files(folder)?)?,
             stack: Vec::new(),
             linears: linears.weights,
             prefix: Self::PREFIX,
@@ -129,11 +150,19 @@ pub fn model_type(folder: &Path) -> Result<String, Error> {
     }
 }
 
-/// The safetensors files of a folder: the one, or those that the index names.
-fn shards(folder: &Path) -> Result<Vec<PathBuf>, Error> {
-    let index = folder.join("model.safetensors.index.json");
-    if !index.is_file() {
-        return Ok(vec![folder.join("model.safetensors")]);
+/// The weights in one file, and the list of files where there are several.
+const WEIGHTS: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// The safetensors files of a model's folder: the one, as `transformers` prefers it, or those that the
+/// index names.
+///
+/// # Errors
+/// An index that is broken or names what is not there.
+pub fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, Error> {
+    let (single, index) = (folder.join(WEIGHTS), folder.join(INDEX));
+    if single.is_file() || !index.is_file() {
+        return Ok(vec![single]);
     }
     let text = std::fs::read_to_string(&index).map_err(|e| Error::io(&index, e))?;
     let json: serde_json::Value = serde_json::from_str(&text)
@@ -212,8 +241,14 @@ struct Loader {
 
 impl Loader {
     fn find(&self, name: &str) -> Option<String> {
-        let bare = name.strip_prefix(self.prefix);
-        [Some(name), bare].into_iter().flatten().find(|n| self.file.has(n)).map(str::to_owned)
+        // Checkpoints that came from TensorFlow (bert-base-uncased) keep its names for norms.
+        let old = name
+            .strip_suffix("Norm.weight")
+            .map(|norm| format!("{norm}Norm.gamma"))
+            .or_else(|| name.strip_suffix("Norm.bias").map(|norm| format!("{norm}Norm.beta")));
+        let names = [Some(name), old.as_deref()].into_iter().flatten();
+        let mut names = names.flat_map(|name| [Some(name), name.strip_prefix(self.prefix)]);
+        names.find_map(|n| n.filter(|n| self.file.has(n))).map(str::to_owned)
     }
 
     fn read<const D: usize>(
@@ -323,7 +358,7 @@ const COMPANIONS: &[&str] = &[
 /// tokenizer of the folder that it came from, with `fields` of `config.json` changed.
 ///
 /// # Errors
-/// What the operating system says; the weights come last, so that a folder with them is complete.
+/// What the operating system says; a folder gets all files or none.
 pub fn save_model<M: Pretrained>(
     model: &M,
     source: &Path,
@@ -342,16 +377,28 @@ pub fn save_model<M: Pretrained>(
     let to = folder.join("config.json");
     let bytes = serde_json::to_vec_pretty(&config)
         .map_err(|e| Error::format(&to, format!("cannot be written: {e}")))?;
-    burn_peft_core::write_atomic(&to, &bytes)?;
+    let mut companions = Vec::new();
     for name in COMPANIONS {
         let from = source.join(name);
         if from.is_file() {
             let bytes = std::fs::read(&from).map_err(|e| Error::io(&from, e))?;
-            burn_peft_core::write_atomic(&folder.join(name), &bytes)?;
+            companions.push((folder.join(name), bytes));
         }
     }
     let mut saver = Saver { stack: Vec::new(), tensors: Vec::new() };
     model.visit(&mut saver);
-    let path = folder.join("model.safetensors");
-    write_tensors(&path, saver.tensors.iter().map(|(name, data)| (name.clone(), data)))
+    let path = folder.join(WEIGHTS);
+    let tensors = saver.tensors.iter().map(|(name, data)| (name.clone(), data));
+    let weights = tensor_bytes(&path, tensors)?;
+    drop(saver);
+    let mut files: Vec<(PathBuf, &[u8])> =
+        companions.iter().map(|(path, bytes)| (path.clone(), bytes.as_slice())).collect();
+    files.push((path, &weights));
+    files.push((to, &bytes));
+    write_together(&files)?;
+    // Shards of a model that lay here before.
+    match std::fs::remove_file(folder.join(INDEX)) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(folder, e)),
+        _ => Ok(()),
+    }
 }

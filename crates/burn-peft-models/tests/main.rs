@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
-use burn_peft_core::{Scope, Sites, TensorFile};
+use burn_peft_core::{Scope, Sites, TensorFile, write_tensors};
 use burn_peft_models::{
     BertForSequenceClassification, KvCache, LlamaForCausalLM, Loaded, Precision, Pretrained,
     Sampling, Tokens, generate, save_model,
@@ -254,4 +254,29 @@ fn broken_folders_are_refused_with_a_sentence() {
     assert!(refusal::<Llama>(lost.path()).contains("00009"));
     let act = changed("bert", "config.json", edit("\"gelu\"", "\"swish\""));
     assert!(refusal::<Bert>(act.path()).contains("swish"));
+}
+
+#[test]
+fn old_names_of_norms_are_known() {
+    let folder = tempfile::tempdir().expect("makes a folder");
+    let source = fixture("bert");
+    std::fs::copy(source.join("config.json"), folder.path().join("config.json")).expect("copies");
+    let mut file = TensorFile::open(source.join("model.safetensors")).expect("is committed");
+    let names: Vec<String> = file.names().map(str::to_owned).collect();
+    let renamed = |name: &str| {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma")
+            .replace("LayerNorm.bias", "LayerNorm.beta")
+    };
+    let tensors: Vec<_> = names
+        .iter()
+        .map(|name| (renamed(name), file.take_data(name).expect("is in the file")))
+        .collect();
+    let path = folder.path().join("model.safetensors");
+    write_tensors(&path, tensors.iter().map(|(name, data)| (name.clone(), data))).expect("writes");
+    let [old, new] = [folder.path(), &source].map(|folder| {
+        let model = load::<BertForSequenceClassification>(folder).model;
+        let tokens = tokens(&mut golden(&source));
+        values(model.forward(&tokens, &Scope::plain()))
+    });
+    assert_eq!(old, new);
 }

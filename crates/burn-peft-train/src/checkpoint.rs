@@ -109,9 +109,17 @@ impl Checkpoint {
         module.try_load_file(&path).map_err(|e| TrainError::checkpoint(&path, e.to_string()))
     }
 
-    pub(crate) fn forget_best(&self, step: usize) {
-        // A leftover costs disk and nothing else.
-        let _ = std::fs::remove_file(self.best_path(step));
+    /// Removes the records of all bests but one.
+    pub(crate) fn forget_best_but(&self, step: Option<usize>) {
+        let kept = step.map(|step| self.best_path(step));
+        let entries = std::fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        for path in entries.map(|entry| entry.path()) {
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+            if name.is_some_and(|name| name.starts_with("best-")) && Some(&path) != kept.as_ref() {
+                // A leftover costs disk and nothing else.
+                let _ = std::fs::remove_file(path);
+            }
+        }
     }
 
     /// Removes the checkpoint: the run is over.

@@ -21,16 +21,18 @@ pub enum TrainError {
         /// What was expected and what was found.
         reason: String,
     },
-    /// The loss is no number any more.
+    /// The loss, or what is trained, is no number any more.
     #[error(
-        "the loss is {loss} at step {step}; training stopped and nothing was saved from this step. \
+        "{what} is {value} at step {step}; training stopped and nothing was saved from this step. \
          Try a smaller learning rate (now {learning_rate:.2e}), a longer warm-up, or look at the data"
     )]
     NotFinite {
         /// The optimizer step, counted from 1.
         step: usize,
+        /// What is no number: the loss, the gradients' norm, a trained parameter.
+        what: &'static str,
         /// NaN or infinity.
-        loss: f64,
+        value: f64,
         /// The learning rate in force.
         learning_rate: f64,
     },

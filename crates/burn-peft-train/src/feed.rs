@@ -39,7 +39,7 @@ impl<B> TrainFeed<B> {
     pub fn new(lengths: Vec<usize>, collate: Collate<B>, options: &Options) -> Self {
         let batches = lengths.len().div_ceil(options.per_device_train_batch_size);
         let steps_per_epoch = batches.div_ceil(options.gradient_accumulation_steps);
-        let steps = steps_per_epoch * options.num_train_epochs;
+        let steps = steps_per_epoch.saturating_mul(options.num_train_epochs);
         Self {
             collate,
             lengths: Arc::new(lengths),
@@ -48,7 +48,7 @@ impl<B> TrainFeed<B> {
             grouped: options.group_by_length,
             seed: options.seed,
             steps_per_epoch,
-            range: 0..options.max_steps.map_or(steps, |most| most.min(steps)),
+            range: 0..options.max_steps.unwrap_or(steps),
         }
     }
 

@@ -52,6 +52,10 @@ impl Objective for LlamaForCausalLM {
         let [rows, seq, width] = hidden.dims();
         let learnt = batch.targets.iter().enumerate().filter(|(_, target)| **target != IGNORED);
         let (at, targets): (Vec<i32>, Vec<i32>) = learnt.map(|(i, t)| (i as i32, *t)).unzip();
+        if targets.is_empty() {
+            let correct = ints(vec![0], device);
+            return Loss { sum: hidden.sum() * 0.0, correct };
+        }
         let picked = hidden.reshape([rows * seq, width]).select(0, ints(at, device)); // [n, h]
         let logits = self.logits(picked.unsqueeze_dim(0), cx); // [1, n, vocab]
         let [_, n, vocab] = logits.dims();

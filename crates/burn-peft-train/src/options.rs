@@ -35,7 +35,7 @@ pub struct Options {
     pub learning_rate: f64,
     /// Passes over the training data; default 3.
     pub num_train_epochs: usize,
-    /// Stop after this many optimizer steps, whatever the epochs; default: no limit.
+    /// Make this many optimizer steps, whatever the epochs; default: as many as the epochs have.
     pub max_steps: Option<usize>,
     /// Examples a forward pass; default 8.
     pub per_device_train_batch_size: usize,

@@ -7,9 +7,9 @@ use crate::{
     BestBy, EvalFeed, Event, Objective, Observer, Options, Report, StepSettings, TrainError,
     TrainFeed, Tuned,
 };
-use burn::module::{Module, ModuleDisplay};
+use burn::module::{Module, ModuleDisplay, ModuleVisitor, Param};
 use burn::optim::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 use burn::train::checkpoint::{CheckpointingAction, FileCheckpointer};
 use burn::train::logger::InMemoryMetricLogger;
 use burn::train::{
@@ -76,6 +76,17 @@ impl<B: Objective> Run<B> {
         O: Observer + 'static,
     {
         self.options.check()?;
+        if self.valid.is_empty() {
+            for (option, asked) in [
+                ("eval-steps", self.options.eval_steps),
+                ("early-stopping-patience", self.options.early_stopping_patience),
+            ] {
+                if asked.is_some() {
+                    let reason = "needs validation data; there is none";
+                    return Err(TrainError::option(option, reason));
+                }
+            }
+        }
         let checkpoint = self.folder.as_deref().map(Checkpoint::of);
         let state = self.starting_state(checkpoint.as_ref())?;
         let settings = StepSettings {
@@ -151,10 +162,8 @@ impl<B: Objective> Run<B> {
             return Err(TrainError::checkpoint(folder, reason));
         };
         if state.fingerprint != self.fingerprint {
-            let reason = format!(
-                "its checkpoint was made with other options or data; expected {}, found {}",
-                self.fingerprint, state.fingerprint
-            );
+            let reason = "its checkpoint was made with other options or data; give the same ones, or \
+                          train anew with --overwrite";
             return Err(TrainError::checkpoint(folder, reason));
         }
         Ok(state)
@@ -245,10 +254,14 @@ impl Loop {
             let report = output.item;
             learner.lr_step();
             let rate = learner.lr_current().base();
-            if !report.loss.is_finite() || !report.grad_norm.is_finite() {
-                let loss = if report.loss.is_finite() { report.grad_norm } else { report.loss };
-                return Err(TrainError::NotFinite { step: index + 1, loss, learning_rate: rate });
-            }
+            let finite = |what, value: f64| match value.is_finite() {
+                true => Ok(()),
+                false => {
+                    Err(TrainError::NotFinite { what, value, step: index + 1, learning_rate: rate })
+                }
+            };
+            finite("the loss", report.loss)?;
+            finite("the gradients' norm", report.grad_norm)?;
             learner.optimizer_step(output.grads);
             at.state.step = index + 1;
             at.state.window = at.state.window.and(report);
@@ -258,6 +271,10 @@ impl Loop {
 
             let last = at.state.step == total;
             let ends = ends_epoch || last;
+            if last {
+                // After any other step, the next loss tells.
+                finite("a trained parameter", size(&learner.model()))?;
+            }
             let epoch = at.state.step as f64 / per_epoch as f64;
             if at.state.step.is_multiple_of(self.options.logging_steps) || ends {
                 observer.event(&train_event(at, epoch, rate));
@@ -267,7 +284,8 @@ impl Loop {
             let due =
                 self.options.eval_steps.map_or(ends, |n| at.state.step.is_multiple_of(n) || last);
             if due && valid.num_items() > 0 {
-                self.evaluate(learner, valid, at, epoch, observer)?;
+                let loss = self.evaluate(learner, valid, at, epoch, observer)?;
+                finite("the validation loss", loss)?;
                 at.window_began = Instant::now();
             }
             let patience = self.options.early_stopping_patience;
@@ -297,7 +315,7 @@ impl Loop {
         at: &mut Progress<Tuned<B, A>>,
         epoch: f64,
         observer: &mut dyn Observer,
-    ) -> Result<(), TrainError>
+    ) -> Result<f64, TrainError>
     where
         B: Objective,
         A: Module + ModuleDisplay + Adapter + Sync + 'static,
@@ -317,9 +335,6 @@ impl Loop {
         if best {
             if let Some(checkpoint) = &self.checkpoint {
                 checkpoint.save_best(step, &learner.model())?;
-                if let Some((old, _)) = before {
-                    checkpoint.forget_best(old);
-                }
             }
             at.best = Some(learner.model());
             at.state.best = Some((step, value));
@@ -330,7 +345,7 @@ impl Loop {
         at.state.evaluated = Some(step);
         let (loss, accuracy) = (report.loss, report.accuracy());
         observer.event(&Event::Eval { step, epoch, loss, accuracy, best });
-        Ok(())
+        Ok(loss)
     }
 
     fn save<B, A>(
@@ -361,11 +376,27 @@ impl Loop {
         }
         let seconds = at.state.seconds + at.began.elapsed().as_secs_f64();
         files.write_state(&State { seconds, ..at.state.clone() })?;
+        // Not before: the state that was in force named an older best.
+        files.forget_best_but(at.state.best.map(|(step, _)| step));
         if let Some(before) = before.filter(|before| *before != step) {
             act(CheckpointingAction::Delete(before));
         }
         Ok(())
     }
+}
+
+/// Sum of the sizes of everything that is trained: no number if one of them is none.
+fn size<M: Module>(module: &M) -> f64 {
+    struct Sum(f64);
+    impl ModuleVisitor for Sum {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let sum = param.val().without_autodiff().abs().sum();
+            self.0 += f64::from(sum.into_scalar::<f32>());
+        }
+    }
+    let mut sum = Sum(0.0);
+    module.visit(&mut sum);
+    sum.0
 }
 
 fn train_event<M>(at: &Progress<M>, epoch: f64, learning_rate: f64) -> Event {

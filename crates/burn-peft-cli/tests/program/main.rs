@@ -67,6 +67,19 @@ impl Desk {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
+    /// A copy of a fixture, a folder or a file, in this desk.
+    fn copy(&self, from: &str, to: &str) {
+        let (from, to) = (fixture(from), self.path(to));
+        if from.is_file() {
+            std::fs::copy(from, to).expect("copies");
+            return;
+        }
+        std::fs::create_dir_all(&to).expect("makes a folder");
+        for entry in std::fs::read_dir(from).expect("is committed").flatten() {
+            std::fs::copy(entry.path(), to.join(entry.file_name())).expect("copies");
+        }
+    }
+
     fn json(&self, name: &str) -> Value {
         let text = std::fs::read_to_string(self.path(name)).expect("is written");
         serde_json::from_str(&text).expect("is JSON")
@@ -207,6 +220,85 @@ fn a_language_model_learns_from_text_pairs_and_chats() {
     assert_eq!(desk.good("generate --model /merged --prompt w1 --max-new-tokens 6"), answer);
 }
 
+/// The logits in a file that `forward` wrote.
+fn logits(desk: &Desk, name: &str) -> Vec<f32> {
+    let bytes = desk.bytes(name);
+    let file = SafeTensors::deserialize(&bytes).expect("is a safetensors file");
+    let data = file.tensor("logits").expect("is there").data();
+    data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}
+
+#[test]
+fn a_tied_model_with_an_adapted_embedding_merges_to_the_same_function() {
+    let desk = Desk::new();
+    desk.copy("models/llama-tied-llama3-bf16", "tied");
+    desk.copy("models/llama/tokenizer.json", "tied/tokenizer.json");
+    let line = SPEAK.replace("@models/llama", "/tied").replace("all-linear", "embed_tokens,q_proj");
+    desk.good(&format!("{line} --max-steps 6 --output-dir /out"));
+    desk.good("merge --model /tied --adapter /out --output-dir /merged");
+    let forward = "forward --inputs @models/llama/golden.safetensors";
+    desk.good(&format!("{forward} --model /tied --adapter /out --output /a.safetensors"));
+    desk.good(&format!("{forward} --model /merged --output /b.safetensors"));
+    desk.good(&format!("{forward} --model /tied --output /c.safetensors"));
+    let [overlaid, merged, plain] =
+        ["a", "b", "c"].map(|n| logits(&desk, &format!("{n}.safetensors")));
+    let far =
+        |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(far(&overlaid, &merged) < 1e-4, "{}", far(&overlaid, &merged));
+    assert!(far(&overlaid, &plain) > 1e-2, "the adapter does nothing");
+    assert_eq!(desk.json("merged/config.json")["tie_word_embeddings"], false);
+}
+
+#[test]
+fn a_merge_leaves_no_shards_of_an_older_model() {
+    let desk = Desk::new();
+    desk.copy("models/llama-linear-sharded-f16", "sharded");
+    desk.copy("models/llama-linear-sharded-f16", "merged");
+    desk.copy("models/llama/tokenizer.json", "sharded/tokenizer.json");
+    let line = SPEAK.replace("@models/llama", "/sharded");
+    desk.good(&format!("{line} --max-steps 6 --output-dir /out"));
+    desk.good("merge --model /sharded --adapter /out --output-dir /merged --overwrite");
+    let forward = "forward --inputs @models/llama/golden.safetensors";
+    desk.good(&format!("{forward} --model /sharded --adapter /out --output /a.safetensors"));
+    desk.good(&format!("{forward} --model /merged --output /b.safetensors"));
+    let [overlaid, merged] = ["a", "b"].map(|n| logits(&desk, &format!("{n}.safetensors")));
+    let far = overlaid.iter().zip(&merged).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(far < 1e-4, "{far}");
+}
+
+#[test]
+fn sizes_beyond_the_data_and_spellings_of_labels_are_no_trouble() {
+    let desk = classify();
+    let signed = String::from_utf8(desk.bytes("train.tsv")).expect("is text");
+    let signed = signed.replace("class0", "+1").replace("class1", "-1").replace("class2", "00");
+    desk.write("train.tsv", &signed);
+    let line = CLASSIFY.replace("--per-device-train-batch-size 8", "");
+    desk.good(&format!(
+        "{line} --max-steps 2 --num-train-epochs 18446744073709551615 --output-dir /out \
+         --per-device-train-batch-size 9223372036854775808"
+    ));
+    assert_eq!(desk.json("out/labels.json"), serde_json::json!(["-1", "00", "+1"]));
+    // One token more than the length, in batches of one.
+    let words = |n: usize| (0..n).map(|i| format!("w{}", i % 40)).collect::<Vec<_>>().join(" ");
+    desk.write("train.txt", &[words(31), words(32), words(1), words(64)].join("\n\n"));
+    desk.good(&format!(
+        "{SPEAK} --per-device-train-batch-size 1 --num-train-epochs 1 --output-dir /lm"
+    ));
+}
+
+#[test]
+fn the_models_own_order_of_classes_is_kept() {
+    let desk = classify();
+    desk.copy("models/bert", "bert");
+    let config = String::from_utf8(desk.bytes("bert/config.json")).expect("is text");
+    let mut config: Value = serde_json::from_str(&config).expect("is JSON");
+    config["id2label"] = serde_json::json!({"0": "class2", "1": "class0", "2": "class1"});
+    desk.write("bert/config.json", &config.to_string());
+    let line = CLASSIFY.replace("@models/bert", "/bert");
+    desk.good(&format!("{line} --max-steps 1 --output-dir /out"));
+    assert_eq!(desk.json("out/labels.json"), serde_json::json!(["class2", "class0", "class1"]));
+}
+
 #[test]
 fn forward_gives_logits_in_the_shape_that_is_promised() {
     let desk = Desk::new();
@@ -268,7 +360,7 @@ fn until_checkpoint(desk: &Desk, child: &mut Child) {
 
 /// Many steps, with everything that has a state: dropout, decay, schedule, evaluations.
 const LONG: &str = "--max-steps 400 --num-train-epochs 60 --lora-dropout 0.2 --weight-decay 0.01 \
-    --lr-scheduler-type cosine --warmup-steps 10 --validation-split 0.2 --eval-steps 40 --save-steps 7";
+    --lr-scheduler-type cosine --warmup-steps 10 --validation-split 0.2 --eval-steps 5 --save-steps 7";
 
 #[cfg(unix)]
 #[test]
@@ -316,6 +408,38 @@ fn an_interrupted_run_goes_on_to_the_same_numbers() {
             .collect()
         };
         assert_eq!(steps("out"), steps("whole"), "after {signal}");
+    }
+}
+
+/// Backends of this build beside the first.
+fn other_devices() -> Vec<&'static str> {
+    let all = [
+        ("ndarray", cfg!(feature = "ndarray")),
+        ("wgpu", cfg!(feature = "wgpu")),
+        ("vulkan", cfg!(feature = "vulkan")),
+    ];
+    all.into_iter().filter(|(_, there)| *there).map(|(name, _)| name).collect()
+}
+
+#[test]
+fn every_backend_of_the_build_trains_and_answers_alike() {
+    let desk = classify();
+    let train = format!("{CLASSIFY} --max-steps 2 --test-file /test.tsv");
+    desk.good(&format!("{train} --output-dir /flex"));
+    let loss = |name: &str| -> f64 {
+        desk.json(&format!("{name}/summary.json"))["after"]["loss"].as_f64().expect("was measured")
+    };
+    for device in other_devices() {
+        desk.good(&format!("{train} --output-dir /{device} --device {device}"));
+        // Two steps of Adam blow a rounding of a gradient near zero up to a step of its own.
+        let far = (loss(device) - loss("flex")).abs();
+        assert!(far < 1e-2, "{device} differs by {far}");
+        let forward = "forward --model @models/llama --inputs @models/llama/golden.safetensors";
+        desk.good(&format!("{forward} --output /a.safetensors"));
+        desk.good(&format!("{forward} --output /b.safetensors --device {device}"));
+        let [a, b] = ["a", "b"].map(|n| logits(&desk, &format!("{n}.safetensors")));
+        let far = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(far < 1e-4, "{device} differs by {far}");
     }
 }
 

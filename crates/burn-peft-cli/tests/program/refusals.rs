@@ -1,6 +1,7 @@
 //! Bad input: one sentence, a non-zero exit, nothing half-written.
 
-use crate::{CLASSIFY, Desk, SPEAK, classify, fixture};
+use crate::{CLASSIFY, Desk, SPEAK, classify};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use std::process::{Command, Output, Stdio};
 
 /// One sentence on standard error that says what is expected, and no adapter in `/out`.
@@ -57,6 +58,8 @@ fn options_that_cannot_work() {
         ("--max-length 0", "max"),
         ("--layers-to-transform 7", "layers_to_transform"),
         ("--warmup-ratio 2", "warmup"),
+        ("--early-stopping-patience 2", "needs validation data"),
+        ("--target-modules all-linear --layers-to-transform 1", "layers_to_transform"),
     ] {
         let name = more.split([' ', '=']).next().unwrap_or_default();
         // A flag may stand once only.
@@ -124,19 +127,24 @@ fn data_that_cannot_be_read() {
     refused(&desk, &desk.run(&line), &line, "f.txt");
 }
 
-/// A copy of a fixture in this desk.
-fn copy(desk: &Desk, from: &str, to: &str) {
-    let to = desk.path(to);
-    std::fs::create_dir_all(&to).expect("makes a folder");
-    for entry in std::fs::read_dir(fixture(from)).expect("is committed").flatten() {
-        std::fs::copy(entry.path(), to.join(entry.file_name())).expect("copies");
-    }
+/// The tensors of a file, each put through `change`: its type and its bytes.
+fn rewrite(desk: &Desk, name: &str, change: impl Fn(&str) -> Option<Dtype>) {
+    let bytes = desk.bytes(name);
+    let file = SafeTensors::deserialize(&bytes).expect("is a safetensors file");
+    let tensors = file.tensors();
+    let views = tensors.iter().map(|(name, tensor)| {
+        let dtype = change(name).unwrap_or(tensor.dtype());
+        let view = TensorView::new(dtype, tensor.shape().to_vec(), tensor.data());
+        (name.clone(), view.expect("is as large"))
+    });
+    let bytes = safetensors::serialize(views, None).expect("is well formed");
+    std::fs::write(desk.path(name), bytes).expect("writes");
 }
 
 #[test]
 fn models_and_adapters_that_are_broken_or_strange() {
     let desk = classify();
-    let adapter = |name: &str| copy(&desk, "adapters/plain", name);
+    let adapter = |name: &str| desk.copy("adapters/plain", name);
     adapter("cut");
     let bytes = desk.bytes("cut/adapter_model.safetensors");
     std::fs::write(desk.path("cut/adapter_model.safetensors"), &bytes[..bytes.len() / 2])
@@ -147,15 +155,54 @@ fn models_and_adapters_that_are_broken_or_strange() {
     std::fs::write(desk.path("lies/adapter_model.safetensors"), lies).expect("writes");
     adapter("half");
     std::fs::remove_file(desk.path("half/adapter_model.safetensors")).expect("was there");
-    copy(&desk, "models/bert", "bare");
+    desk.copy("models/bert", "bare");
     std::fs::remove_file(desk.path("bare/tokenizer.json")).expect("was there");
-    copy(&desk, "models/bert", "gpt");
-    let config = String::from_utf8(desk.bytes("gpt/config.json")).expect("is text");
-    desk.write("gpt/config.json", &config.replace("\"bert\"", "\"gpt2\""));
+    let edited = |name: &str, from: &str, to: &str| {
+        desk.copy("models/bert", name);
+        let path = format!("{name}/config.json");
+        let config = String::from_utf8(desk.bytes(&path)).expect("is text");
+        assert!(config.contains(from));
+        desk.write(&path, &config.replace(from, to));
+    };
+    edited("gpt", "\"bert\"", "\"gpt2\"");
+    edited("tall", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1000000000000");
+    edited("wide", "\"hidden_size\": 32", "\"hidden_size\": 64");
+    edited("regressor", "\"hidden_size\"", "\"problem_type\": \"regression\", \"hidden_size\"");
+    edited(
+        "keyed",
+        "\"hidden_size\"",
+        "\"position_embedding_type\": \"relative_key\", \"hidden_size\"",
+    );
+    desk.copy("models/bert", "ints");
+    let whole = |name: &str| name.ends_with("query.weight").then_some(Dtype::I32);
+    rewrite(&desk, "ints/model.safetensors", whole);
+    adapter("ints-adapter");
+    rewrite(&desk, "ints-adapter/adapter_model.safetensors", |_| Some(Dtype::I32));
+    adapter("ranked");
+    let config = String::from_utf8(desk.bytes("ranked/adapter_config.json")).expect("is text");
+    desk.write("ranked/adapter_config.json", &config.replace("\"r\": 4", "\"r\": 5"));
     let forward = "forward --inputs @models/bert/golden.safetensors --output /out.safetensors";
     for (line, says) in [
         (format!("{forward} --model /none"), "none"),
         (format!("{forward} --model /gpt"), "expected bert or llama, found gpt2"),
+        (format!("{forward} --model /tall"), "num_hidden_layers: expected a number"),
+        (
+            format!("{forward} --model /wide"),
+            "word_embeddings.weight`: expected shape [96, 64], found",
+        ),
+        (format!("{forward} --model /keyed"), "position_embedding_type"),
+        (format!("{forward} --model /ints"), "query.weight`: expected numbers of type F32"),
+        (format!("{forward} --model @models/bert --adapter /ints-adapter"), "expected numbers of"),
+        (
+            format!("{forward} --model @models/bert --adapter /ranked"),
+            "layer.0.attention.self.query.lora_A.weight`: expected shape [5, 32], found",
+        ),
+        ("predict --model /regressor --text w1".into(), "problem_type: `regression`"),
+        (
+            "eval --model @models/llama --test-file /train.txt --max-length 0".into(),
+            "--max-length: expected 2 to 64",
+        ),
+        ("train --model @models/bert --output-dir /out --resume".into(), "no checkpoint"),
         (format!("{forward} --model @models/bert --adapter /none"), "adapter_config.json"),
         (
             format!("{forward} --model @models/bert --adapter /cut"),
@@ -206,17 +253,38 @@ fn a_loss_that_is_no_number_stops_the_run() {
     let line = line.replace("--learning-rate 1e-2", "--learning-rate 1e38");
     let output = desk.run(&line);
     refused(&desk, &output, &line, "at step ");
+    // The last step's harm shows in no loss any more.
+    let line = format!("{CLASSIFY} --max-steps 1 --loraplus-lr-ratio 10 --output-dir /out");
+    let line = line.replace("--learning-rate 1e-2", "--learning-rate 1e38");
+    refused(&desk, &desk.run(&line), &line, "a trained parameter is");
 }
 
 #[cfg(unix)]
 #[test]
 fn a_full_disk_leaves_nothing_half_written() {
     let desk = classify();
-    let line = format!("{CLASSIFY} --max-steps 2 --output-dir /out");
-    let program = desk.command(&line);
-    let mut shell = Command::new("sh");
-    // Files may have no more than 4 blocks: every larger write fails as on a full disk.
-    shell.args(["-c", "trap '' XFSZ; ulimit -f 4; exec \"$@\"", "sh"]).arg(program.get_program());
-    let output = shell.args(program.get_args()).stdin(Stdio::null()).output().expect("starts");
-    refused(&desk, &output, &line, "out");
+    // Files may have no more than so many blocks: every larger write fails as on a full disk.
+    let with_room = |blocks: usize, line: &str| {
+        let program = desk.command(line);
+        let mut shell = Command::new("sh");
+        let limit = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$@\"");
+        shell.args(["-c", &limit, "sh"]).arg(program.get_program());
+        shell.args(program.get_args()).stdin(Stdio::null()).output().expect("starts")
+    };
+    // The picture, the checkpoint, the adapter: one after the other has room.
+    let mut ends = Vec::new();
+    for blocks in [1, 4, 16, 24, 32, 48, 64, 96] {
+        let line = format!("{CLASSIFY} --max-steps 6 --save-steps 3 --output-dir /out");
+        let output = with_room(blocks, &line);
+        ends.push(output.status.success());
+        if output.status.success() {
+            desk.good("predict --model @models/bert --adapter /out --text w1");
+        } else {
+            refused(&desk, &output, &line, "out");
+        }
+        let _ = std::fs::remove_dir_all(desk.path("out"));
+    }
+    assert!(!ends[0] && ends.last() == Some(&true), "{ends:?}");
+    let line = "merge --model @models/bert --adapter @adapters/plain --output-dir /out";
+    refused(&desk, &with_room(8, line), line, "out");
 }

@@ -78,7 +78,7 @@ pub fn length_grouped(
     epoch: u64,
 ) -> Vec<Vec<usize>> {
     let mut batches = Vec::new();
-    for pool in shuffled(lengths.len(), seed, epoch).chunks(50 * batch_size) {
+    for pool in shuffled(lengths.len(), seed, epoch).chunks(batch_size.saturating_mul(50)) {
         let mut pool = pool.to_vec();
         pool.sort_by_key(|&item| std::cmp::Reverse(lengths[item]));
         batches.extend(pool.chunks(batch_size).map(<[usize]>::to_vec));

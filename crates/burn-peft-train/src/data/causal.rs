@@ -60,7 +60,7 @@ pub struct CausalReport {
 }
 
 /// Reads training data for a causal model. `.txt` (or any other extension) is plain text, cut into
-/// sequences of `max_length` without losing a token; `.jsonl` holds objects with `text`, with
+/// sequences of `max_length` without losing a target; `.jsonl` holds objects with `text`, with
 /// `prompt` and `completion`, or with `messages`, all of one kind.
 ///
 /// # Errors
@@ -86,6 +86,10 @@ pub fn read_causal(
             examples(path, &objects, max_length, &mut report, |line, o| {
                 pair(path, line, o, tokenizer)
             })?
+        } else if has("prompt") {
+            let line = objects.first().map_or(1, |(line, _)| *line);
+            let reason = "has a `prompt` and no `completion`; expected both, `text`, or `messages`";
+            return Err(DataError::line(path, line, reason));
         } else {
             let texts: Vec<&str> = objects
                 .iter()
@@ -134,7 +138,8 @@ fn string<'o>(
     }
 }
 
-/// Whole texts, each ended by the end token, cut into pieces of at most `max_length`.
+/// Whole texts, each ended by the end token, cut into pieces of at most `max_length`. A piece begins
+/// with the last token of the one before, so that every token but a text's first is a target once.
 fn chunks(
     texts: &[&str],
     tokenizer: &TextTokenizer,
@@ -145,9 +150,14 @@ fn chunks(
     let mut items = Vec::new();
     for mut ids in tokenizer.encode_whole(texts, true)? {
         ids.extend(tokenizer.eos.filter(|eos| ids.last() != Some(eos)));
-        for piece in ids.chunks(max_length) {
+        if ids.len() < 2 {
+            report.dropped += 1;
+            continue;
+        }
+        let stride = max_length.saturating_sub(1).max(1);
+        for start in (0..ids.len() - 1).step_by(stride) {
             let mut item = CausalItem::default();
-            item.push(piece, true);
+            item.push(&ids[start..ids.len().min(start + stride + 1)], true);
             items.push(item);
         }
     }
@@ -207,11 +217,9 @@ fn chat(
     tokenizer: &TextTokenizer,
 ) -> Result<CausalItem, DataError> {
     let wrong = |reason: String| DataError::line(path, line, reason);
-    let Some(template) = &tokenizer.template else {
-        return Err(wrong(
-            "holds a chat, but the model has no chat template; use prompt and completion".into(),
-        ));
-    };
+    let template = tokenizer
+        .template()
+        .map_err(|e| wrong(format!("holds a chat, but {e}; use prompt and completion")))?;
     let messages: Vec<Message> = match object.get("messages") {
         Some(list) => serde_json::from_value(list.clone()).map_err(|e| {
             wrong(format!("`messages`: expected objects with role and content: {e}"))

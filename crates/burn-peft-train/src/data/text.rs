@@ -188,10 +188,10 @@ impl Labels {
             let reason = format!("expected two labels or more, found only {found}");
             return Err(DataError::file(path, reason));
         }
-        let numbers: Option<Vec<i64>> = names.iter().map(|name| name.parse().ok()).collect();
-        if let Some(mut numbers) = numbers {
-            numbers.sort_unstable();
-            names = numbers.iter().map(i64::to_string).collect();
+        let number = |name: &String| name.parse::<i64>();
+        if names.iter().all(|name| number(name).is_ok()) {
+            // Their spelling stays: "+1" and "01" are names too.
+            names.sort_by_key(|name| number(name).unwrap_or_default());
         }
         Ok(Self { names })
     }
@@ -265,6 +265,8 @@ mod tests {
         let examples = read("a.tsv", b"text\tlabel\na\t10\nb\t9\n").unwrap();
         let labels = Labels::of(path, &examples).unwrap();
         assert_eq!(labels.names, ["9", "10"]);
+        let signed = read("a.tsv", b"text\tlabel\na\t+1\nb\t-1\n").unwrap();
+        assert_eq!(Labels::of(path, &signed).unwrap().names, ["-1", "+1"]);
         let stranger = Example { label: "8".into(), ..examples[0].clone() };
         let error = labels.id(path, &stranger).unwrap_err().to_string();
         assert!(error.contains("not seen in training; expected one of 9, 10"), "{error}");

@@ -14,8 +14,8 @@ pub struct TextTokenizer {
     pub pad: u32,
     /// Ends a text, if the model has such a token.
     pub eos: Option<u32>,
-    /// The model's chat template, if it has one.
-    pub template: Option<ChatTemplate>,
+    /// The model's chat template, or why there is none to use.
+    template: Result<ChatTemplate, String>,
 }
 
 /// One text as the model reads it.
@@ -84,14 +84,20 @@ impl TextTokenizer {
         let template = match jinja.or_else(|| template_text(config.get("chat_template"))) {
             Some(source) => {
                 let (bos, eos) = (bos.unwrap_or_default(), eos.unwrap_or_default());
-                Some(
-                    ChatTemplate::new(&source, &bos, &eos)
-                        .map_err(|e| DataError::file(folder, e))?,
-                )
+                ChatTemplate::new(&source, &bos, &eos)
             }
-            None => None,
+            None => Err("the model has no chat template".to_owned()),
         };
+        let template = template.map_err(|e| format!("{}: {e}", folder.display()));
         Ok(Self { inner, path, pad: pad_id.or(eos_id).unwrap_or(0), eos: eos_id, template })
+    }
+
+    /// The model's chat template; it is in nobody's way who does not chat.
+    ///
+    /// # Errors
+    /// A sentence: there is none, or it does not parse.
+    pub fn template(&self) -> Result<&ChatTemplate, String> {
+        self.template.as_ref().map_err(Clone::clone)
     }
 
     /// Number of tokens it knows.

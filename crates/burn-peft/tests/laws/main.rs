@@ -4,6 +4,8 @@
 #[path = "../../examples/any_model.rs"]
 mod any_model;
 mod hf;
+mod hf_methods;
+mod matrix;
 mod other_models;
 mod probe;
 

@@ -1,0 +1,93 @@
+//! Every method that HF PEFT has, in its files and with its numbers (`interop/methods.py`), on a BERT
+//! and a Llama.
+
+use crate::hf::{base, device, fixtures, floats, kept, near, open, same_file, tokens};
+use crate::probe::values;
+use burn_peft::core::{Error, Folds, Method, Scope, Sites, merge, peft_type};
+use burn_peft::models::{BertForSequenceClassification, LlamaForCausalLM, Pretrained};
+use burn_peft::registry::{ForEach, Job, for_each_method, load_any, with_method};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+/// Reads, writes again, and compares the files.
+struct SameFile<'a>(&'a Path, &'a Sites);
+
+impl Job for SameFile<'_> {
+    type Output = ();
+    fn run<T: Method>(self) {
+        same_file::<T>(self.0, self.1);
+    }
+}
+
+fn folders(model: &str) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(fixtures().join("methods")).expect("is committed");
+    let mut folders: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    folders.retain(|path| path.to_string_lossy().ends_with(&format!("-{model}")));
+    folders.sort();
+    folders
+}
+
+/// Goes through the adapters for one model; returns their methods.
+fn check<M: Pretrained>(
+    model: &str,
+    forward: impl Fn(&M, &Scope<'_>) -> Vec<f32>,
+    kept: impl Fn(&[f32]) -> Vec<f32>,
+) -> BTreeSet<String> {
+    let base: M = base(model);
+    let sites = Sites::of(&base, Some(M::OUTPUT));
+    let plain = kept(&forward(&base, &Scope::plain()));
+    let mut methods = BTreeSet::new();
+    for folder in folders(model) {
+        let name = folder.file_name().expect("has a name").to_string_lossy().into_owned();
+        let method = peft_type(&folder).expect("names its method");
+        with_method(&method, SameFile(&folder, &sites)).expect("is in the registry");
+        let adapters = load_any(&folder, &sites, &device()).expect("is whole");
+        let expected = kept(&floats(&mut open(folder.join("golden.safetensors")), "logits"));
+        let found = kept(&forward(&base, &Scope::new(&adapters)));
+        near(&found, &expected, &name);
+        let folds: Option<Box<dyn Folds + '_>> = adapters.folds();
+        match folds.map(|folds| merge(&base, &[(folds.as_ref(), 1.0)])) {
+            // Llama's layers have no bias for those that change one.
+            None | Some(Err(Error::Place { .. })) => {}
+            Some(merged) => {
+                let merged = forward(&merged.expect("is finite"), &Scope::plain());
+                near(&kept(&merged), &expected, &format!("{name} merged"));
+            }
+        }
+        let changed = found.iter().zip(&plain).any(|(a, b)| (a - b).abs() > 1e-3);
+        assert!(changed, "{name} does nothing");
+        methods.insert(method);
+    }
+    methods
+}
+
+#[test]
+fn methods_of_hf_peft() {
+    let bert_tokens = tokens("bert", true);
+    let bert = check::<BertForSequenceClassification>(
+        "bert",
+        |model, cx| values(model.forward(&bert_tokens, cx)),
+        <[f32]>::to_vec,
+    );
+    let llama_tokens = tokens("llama", false);
+    let llama = check::<LlamaForCausalLM>(
+        "llama",
+        |model, cx| values(model.forward(&llama_tokens, cx)),
+        |all| kept(all, &llama_tokens),
+    );
+    struct Named(BTreeSet<String>);
+    impl ForEach for Named {
+        fn visit<T: Method>(&mut self) {
+            // LoRA's own files are in `hf.rs`.
+            if T::HF_FORMAT && T::NAME != "LORA" {
+                self.0.insert(T::NAME.to_owned());
+            }
+        }
+    }
+    let mut named = Named(BTreeSet::new());
+    for_each_method(&mut named);
+    for (model, found) in [("bert", bert), ("llama", llama)] {
+        let missing: Vec<_> = named.0.difference(&found).collect();
+        assert!(missing.is_empty(), "no golden files on {model} for {missing:?}");
+    }
+}
