@@ -139,10 +139,10 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
         device: &Device,
     ) -> Result<Self::Adapter, Error>;
 
-    /// What the places share, out of any of their adapters, by the names that it has in HF PEFT's
-    /// file after `base_model.`.
-    fn shared_tensors(&self, adapter: &Self::Adapter) -> Vec<(&'static str, TensorData)> {
-        let _ = adapter;
+    /// What the places share, out of their adapters, by the names that it has in HF PEFT's file after
+    /// `base_model.`.
+    fn shared_tensors(&self, adapters: &[&Self::Adapter]) -> Vec<(String, TensorData)> {
+        let _ = adapters;
         Vec::new()
     }
 
