@@ -2,8 +2,16 @@
 
 mod common;
 mod lora;
+mod pvera;
 mod random;
+mod shared;
 mod torch_random;
+mod vblora;
+mod vera;
 
 pub use common::Bias;
 pub use lora::{Init, Lora, LoraAdapter, LoraBias};
+pub use pvera::{Pvera, PveraAdapter};
+pub use shared::Projections;
+pub use vblora::{ChosenVectors, VbLora, VbLoraAdapter, VectorChoice};
+pub use vera::{Vera, VeraAdapter};
