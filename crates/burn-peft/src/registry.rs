@@ -51,6 +51,8 @@ macro_rules! methods {
 methods![
     burn_peft_reparam::Lora,
     burn_peft_reparam::Pvera,
+    burn_peft_reparam::RandLora,
+    burn_peft_reparam::TinyLora,
     burn_peft_reparam::VbLora,
     burn_peft_reparam::Vera,
 ];
