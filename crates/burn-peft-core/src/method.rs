@@ -76,6 +76,12 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
         true
     }
 
+    /// Whether the seed decides anything: not where all that is trained begins at constants or follows
+    /// from the base model.
+    fn draws(&self) -> bool {
+        true
+    }
+
     /// What all of `sites`, the adapted places, share. `rng` depends on the seed alone.
     ///
     /// # Errors

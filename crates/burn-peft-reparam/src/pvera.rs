@@ -180,6 +180,10 @@ impl Method for Pvera {
         self.init_weights
     }
 
+    fn draws(&self) -> bool {
+        !self.init_weights
+    }
+
     fn share(
         &self,
         sites: &[&Site],
@@ -272,5 +276,35 @@ impl Method for Pvera {
             true => Projections::take(&largest, inner, file, PROJECTIONS, device)?,
             false => Projections::draw(&largest, inner, key, device),
         }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::nn::LinearConfig;
+    use burn_peft_core::{Scope, Sites, adapt};
+
+    #[derive(Module, Debug)]
+    struct One {
+        query: Linear,
+    }
+
+    /// The laws hold functions to be the same on each call, so this option is not among the samples.
+    #[test]
+    fn inference_draws_where_it_is_asked_to() {
+        let device = Device::flex();
+        let model = One { query: LinearConfig::new(6, 5).init(&device) };
+        let sites = Sites::of(&model, None);
+        let x = Tensor::<3>::ones([2, 3, 6], &device);
+        for sample_at_inference in [false, true] {
+            let targets = Targets::list(["query"]);
+            let method =
+                Pvera { init_weights: false, sample_at_inference, ..Pvera::new(4, targets) };
+            let adapters = adapt(&sites, &method, 0, &device).expect("fits");
+            let cx = Scope::new(&adapters);
+            let forward = || cx.at("query").linear(&model.query, x.clone()).into_data();
+            assert_eq!(forward() != forward(), sample_at_inference);
+        }
     }
 }

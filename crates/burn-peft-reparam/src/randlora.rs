@@ -2,7 +2,7 @@
 
 use crate::common::{Bias, drop, finite, positive, probability};
 use crate::random::normal;
-use crate::shared::{Largest, held};
+use crate::shared::{Largest, corner, held, laid_out};
 use crate::torch_random::TorchRandom;
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig, Linear};
@@ -96,8 +96,8 @@ impl RandLoraAdapter {
         let (lambda, gamma) = (self.randlora_lambda.val(), self.randlora_gamma.val());
         let ([r, n], [_, min]) = (lambda.dims(), gamma.dims());
         let max = fan_in.max(fan_out);
-        let a = self.bases.a.clone().slice([0..r, 0..1, 0..min]);
-        let b = self.bases.b.clone().slice([0..max, 0..n, 0..r]).reshape([max, n * r]);
+        let a = corner(&self.bases.a, [r, 1, min]);
+        let b = corner(&self.bases.b, [max, n, r]).reshape([max, n * r]);
         let a = lambda.reshape([r, n, 1]) * a * gamma.reshape([1, n, min]);
         let a = a.reshape([r * n, min]);
         match min == fan_in {
@@ -193,7 +193,7 @@ impl RandLora {
         // Each base at once, [n, max, r].
         let b = (0..n).flat_map(|_| kaiming(&mut torch, max * r, r).collect::<Vec<_>>());
         let b = tensor(divided(b.collect()), [n, max, r]);
-        Bases { a, b: b.swap_dims(0, 1) }
+        Bases { a, b: laid_out(b.swap_dims(0, 1)) }
     }
 
     /// `r`, `n` and `min` of a place.
@@ -251,6 +251,10 @@ impl Method for RandLora {
 
     fn starts_as_identity(&self) -> bool {
         self.init_weights
+    }
+
+    fn draws(&self) -> bool {
+        !self.init_weights
     }
 
     fn share(

@@ -117,9 +117,16 @@ impl Projections {
     }
 }
 
-fn corner(matrix: &Tensor<2>, [rows, columns]: [usize; 2]) -> Tensor<2> {
-    match matrix.dims() == [rows, columns] {
-        true => matrix.clone(),
-        false => matrix.clone().slice([0..rows, 0..columns]),
+/// The first `shape` numbers along each axis.
+pub(crate) fn corner<const D: usize>(tensor: &Tensor<D>, shape: [usize; D]) -> Tensor<D> {
+    match tensor.dims() == shape {
+        true => tensor.clone(),
+        false => tensor.clone().slice(shape.map(|size| 0..size)),
     }
+}
+
+/// The same numbers without gaps, so that what was read and what was made are computed with alike.
+pub(crate) fn laid_out<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
+    let device = tensor.device();
+    Tensor::from_data(tensor.into_data(), &device)
 }

@@ -2,6 +2,7 @@
 
 use crate::common::{Bias, drop, finite, positive, probability};
 use crate::random::uniform;
+use crate::shared::laid_out;
 use crate::torch_random::TorchRandom;
 use burn::linalg::svd;
 use burn::module::{Module, Param};
@@ -202,7 +203,7 @@ impl TinyLora {
         Ok(TinyLoraAdapter {
             a,
             b,
-            p: turn(site, p),
+            p: laid_out(turn(site, p)),
             v: shared.v.get(group).cloned().ok_or_else(unknown)?,
             group,
             dropout: DropoutConfig::new(self.tinylora_dropout).init(),
@@ -258,6 +259,10 @@ impl Method for TinyLora {
 
     fn starts_as_identity(&self) -> bool {
         self.init_weights == VInit::Zero(true)
+    }
+
+    fn draws(&self) -> bool {
+        self.init_weights != VInit::Zero(true)
     }
 
     fn share(
@@ -364,7 +369,8 @@ impl Method for TinyLora {
             }
             _ => {
                 let a = file.take("tinylora_A", [r, fan_in], &device)?.transpose();
-                (a, file.take("tinylora_B", [fan_out, r], &device)?.transpose())
+                let b = file.take("tinylora_B", [fan_out, r], &device)?.transpose();
+                (laid_out(a), laid_out(b))
             }
         };
         let p = match self.save_projection {

@@ -148,6 +148,10 @@ impl Method for Vera {
         self.init_weights
     }
 
+    fn draws(&self) -> bool {
+        !self.init_weights
+    }
+
     fn share(
         &self,
         sites: &[&Site],
