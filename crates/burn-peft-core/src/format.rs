@@ -179,10 +179,9 @@ pub fn save_with<T: Method>(
     others: &[(&str, Vec<u8>)],
 ) -> Result<(), Error> {
     let mut tensors: Vec<(String, TensorData)> = Vec::new();
-    if let Some((_, adapter)) = adapters.iter().next() {
-        for (suffix, data) in config.method.shared_tensors(adapter) {
-            tensors.push((format!("{SHARED_PREFIX}.{suffix}"), data));
-        }
+    let all: Vec<&T::Adapter> = adapters.iter().map(|(_, adapter)| adapter).collect();
+    for (suffix, data) in config.method.shared_tensors(&all) {
+        tensors.push((format!("{SHARED_PREFIX}.{suffix}"), data));
     }
     for (path, adapter) in adapters.iter() {
         let site = site(sites, path)?;

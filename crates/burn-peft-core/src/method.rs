@@ -79,6 +79,12 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
         true
     }
 
+    /// Whether the seed decides anything: not where all that is trained begins at constants or follows
+    /// from the base model.
+    fn draws(&self) -> bool {
+        true
+    }
+
     /// What all of `sites`, the adapted places, share. `rng` depends on the seed alone.
     ///
     /// # Errors
@@ -142,10 +148,10 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
         device: &Device,
     ) -> Result<Self::Adapter, Error>;
 
-    /// What the places share, out of any of their adapters, by the names that it has in HF PEFT's
-    /// file after `base_model.`.
-    fn shared_tensors(&self, adapter: &Self::Adapter) -> Vec<(&'static str, TensorData)> {
-        let _ = adapter;
+    /// What the places share, out of their adapters, by the names that it has in HF PEFT's file after
+    /// `base_model.`.
+    fn shared_tensors(&self, adapters: &[&Self::Adapter]) -> Vec<(String, TensorData)> {
+        let _ = adapters;
         Vec::new()
     }
 

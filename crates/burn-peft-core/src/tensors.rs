@@ -148,7 +148,7 @@ impl TensorFile {
         Ok(TensorData::from_bytes_vec(bytes, entry.shape, dtype))
     }
 
-    /// Takes an integer tensor (I64 or I32) out.
+    /// Takes an integer tensor (I64, I32, I16 or U8) out.
     ///
     /// # Errors
     /// A missing tensor or one of another type.
@@ -167,6 +167,11 @@ impl TensorFile {
                 .chunks_exact(4)
                 .map(|b| i64::from(i32::from_le_bytes(std::array::from_fn(|i| b[i]))))
                 .collect(),
+            Dtype::I16 => bytes
+                .chunks_exact(2)
+                .map(|b| i64::from(i16::from_le_bytes(std::array::from_fn(|i| b[i]))))
+                .collect(),
+            Dtype::U8 => bytes.iter().map(|&b| i64::from(b)).collect(),
             other => {
                 return Err(Error::tensor(name, "integers of type I64", format!("type {other:?}")));
             }
@@ -252,6 +257,8 @@ fn dtype_of(data: &TensorData) -> Option<Dtype> {
         DType::BF16 => Dtype::BF16,
         DType::I64 => Dtype::I64,
         DType::I32 => Dtype::I32,
+        DType::I16 => Dtype::I16,
+        DType::U8 => Dtype::U8,
         _ => return None,
     })
 }

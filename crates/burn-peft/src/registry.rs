@@ -48,7 +48,14 @@ macro_rules! methods {
     };
 }
 
-methods![burn_peft_reparam::Lora];
+methods![
+    burn_peft_reparam::Lora,
+    burn_peft_reparam::Pvera,
+    burn_peft_reparam::RandLora,
+    burn_peft_reparam::TinyLora,
+    burn_peft_reparam::VbLora,
+    burn_peft_reparam::Vera,
+];
 
 /// Adapters whose method is known at run time only.
 pub trait AnyAdapters: Overlay + Send + Sync {
