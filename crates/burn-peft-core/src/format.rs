@@ -164,6 +164,7 @@ pub fn save<T: Method>(
     sites: &Sites,
     adapters: &Adapters<T::Adapter>,
 ) -> Result<(), Error> {
+    let config = AdapterConfig { method: config.method.portable(), ..config.clone() };
     let mut tensors: Vec<(String, TensorData)> = Vec::new();
     if let Some((_, adapter)) = adapters.iter().next() {
         for (suffix, data) in config.method.shared_tensors(adapter) {

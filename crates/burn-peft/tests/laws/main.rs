@@ -287,7 +287,9 @@ law!(
     |case| {
         let [a, again, other] = [7, 7, 8].map(|seed| all_values(&case.adapters(seed).expect("fits")));
         assert_eq!(a, again, "{}", case.name);
-        assert_ne!(a, other, "{}", case.name);
+        if case.method.draws() {
+            assert_ne!(a, other, "{}", case.name);
+        }
     }
 );
 
