@@ -178,6 +178,7 @@ pub fn save_with<T: Method>(
     adapters: &Adapters<T::Adapter>,
     others: &[(&str, Vec<u8>)],
 ) -> Result<(), Error> {
+    let config = AdapterConfig { method: config.method.portable(), ..config.clone() };
     let mut tensors: Vec<(String, TensorData)> = Vec::new();
     let all: Vec<&T::Adapter> = adapters.iter().map(|(_, adapter)| adapter).collect();
     for (suffix, data) in config.method.shared_tensors(&all) {

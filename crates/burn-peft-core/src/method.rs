@@ -85,6 +85,12 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
         true
     }
 
+    /// The configuration that is written with the adapters, where it is another than the one that made
+    /// them: what lies in a file must mean the same on the untouched base, whoever reads it.
+    fn portable(&self) -> Self {
+        self.clone()
+    }
+
     /// What all of `sites`, the adapted places, share. `rng` depends on the seed alone.
     ///
     /// # Errors

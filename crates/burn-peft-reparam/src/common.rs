@@ -3,7 +3,7 @@
 use burn::nn::Dropout;
 use burn::tensor::{Distribution, Tensor};
 use burn_peft_core::{Biases, Error};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 /// Which biases of the model are trained beside a method: HF PEFT's `bias`, which is "none", "all" or
 /// the method's name with "_only".
@@ -61,6 +61,16 @@ impl Bias {
     }
 }
 
+/// Writes 16 and not 16.0: HF PEFT declares these fields as integers.
+#[allow(clippy::trivially_copy_pass_by_ref)]
+pub(crate) fn number<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    if value.fract() == 0.0 && value.abs() < 1e15 {
+        serializer.serialize_i64(*value as i64)
+    } else {
+        serializer.serialize_f64(*value)
+    }
+}
+
 /// Refuses 0.
 pub(crate) fn positive(field: &'static str, value: usize) -> Result<(), Error> {
     match value {
@@ -87,6 +97,11 @@ pub(crate) fn probability(field: &'static str, value: f64) -> Result<(), Error> 
     }
 }
 
+/// Whether [`drop`] changes anything.
+pub(crate) fn drops<const F: usize>(dropout: &Dropout, factor: &Tensor<F>) -> bool {
+    dropout.prob > 0.0 && dropout.training.is_enabled() && factor.is_autodiff()
+}
+
 /// `dropout(x)` in training, in the type of the trained `factor`. The mask is drawn here and not by
 /// Burn's layer, because the input of the first adapted layer is a plain tensor, where that layer
 /// believes it is not training.
@@ -96,10 +111,10 @@ pub(crate) fn drop<const D: usize, const F: usize>(
     factor: &Tensor<F>,
 ) -> Tensor<D> {
     let x = x.clone().cast(factor.dtype());
-    let keep = 1.0 - dropout.prob;
-    if keep == 1.0 || !dropout.training.is_enabled() || !factor.is_autodiff() {
+    if !drops(dropout, factor) {
         return x;
     }
+    let keep = 1.0 - dropout.prob;
     let mask = x.clone().without_autodiff().random_like(Distribution::Bernoulli(keep));
     x * (mask / keep)
 }

@@ -1,6 +1,12 @@
 //! Reparameterized methods: the difference is a product of smaller things. One file a method.
 
+mod adalora;
+mod adalora_policy;
 mod common;
+mod dora;
+mod init;
+mod layout;
+mod loftq;
 mod lora;
 mod pvera;
 mod randlora;
@@ -11,6 +17,11 @@ mod torch_random;
 mod vblora;
 mod vera;
 
+pub use adalora::{AdaLora, AdaLoraAdapter, Triplets};
+pub use adalora_policy::{
+    Budget, Importance, RankPolicy, RankPolicyState, Sensitivity, keep_highest, masked,
+    orthogonality,
+};
 pub use common::Bias;
 pub use lora::{Init, Lora, LoraAdapter, LoraBias};
 pub use pvera::{Pvera, PveraAdapter};
@@ -19,3 +30,7 @@ pub use shared::Projections;
 pub use tinylora::{Groups, TinyLora, TinyLoraAdapter, VInit};
 pub use vblora::{ChosenVectors, VbLora, VbLoraAdapter, VectorChoice};
 pub use vera::{Vera, VeraAdapter};
+pub use dora::Dora;
+pub use init::Init;
+pub use loftq::{integers, loftq, nf4};
+pub use lora::{Lora, LoraAdapter, LoraBias};

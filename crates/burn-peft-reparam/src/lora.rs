@@ -1,24 +1,36 @@
 //! LoRA: `W' = W + s·A·B` with two thin trained factors (arXiv 2106.09685).
 
-use crate::common::{drop, finite, positive, probability};
-use crate::random::{normal, uniform};
+use crate::common::{drop, drops, finite, number, positive, probability};
+use crate::dora::{Dora, unbiased};
+use crate::init::{Init, Pair, Place, bound};
+use crate::layout::{Layout, expand, kernel, shaped, take};
+use crate::random::uniform;
 use burn::module::{Module, Param};
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Dropout, DropoutConfig, Embedding, Linear};
 use burn::tensor::module::{conv1d, conv2d, embedding, linear};
+use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft_core::{
-    Adapter, Biases, Error, Fold, Kind, Method, PlaceTensors, Site, Targets, pattern_value,
+    Adapter, Biases, Error, Fold, Kind, Method, PlaceTensors, Site, Targets, as_matrix,
+    pattern_value,
 };
 use indexmap::IndexMap;
+use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
-use serde::{Deserialize, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 
 /// LoRA (arXiv 2106.09685): `y = xW + b + s·dropout(x)·A·B`.
 ///
 /// `A [fan_in, r]`, `B [r, fan_out]`; `s = lora_alpha / r`, or `lora_alpha / √r` with rsLoRA
-/// (arXiv 2312.03732). Parameters: `r·(fan_in + fan_out)` a place, and `fan_out` more with
-/// `lora_bias`. Folds: `Δ(W) = s·A·B`. Names and defaults are HF PEFT's.
+/// (arXiv 2312.03732). Parameters: `r·(fan_in + fan_out)` a place (less `r·fan_out` with the init
+/// "mica"), and `fan_out` more with `lora_bias` or `use_dora`. Folds: `Δ(W) = s·A·B`; DoRA:
+/// [`Dora`]. Names and defaults are HF PEFT's.
+///
+/// With the inits "pissa" and "olora" `Δ(W) = s·(A·B - A0·B0)`, `A0` and `B0` the factors at the start.
+/// Their files are those of a LoRA of twice the rank, `[A, A0]` and `[B; -B0]`, as HF PEFT writes them
+/// when it is told the initial adapter: they work on the untouched base. Dropout acts on the whole
+/// difference, as it does for one who reads such a file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Lora {
@@ -33,8 +45,10 @@ pub struct Lora {
     pub use_rslora: bool,
     /// Which biases of the model are trained beside it.
     pub bias: LoraBias,
-    /// A bias of its own on `B`.
+    /// A bias of its own on `B`; with the inits true and false, and without DoRA.
     pub lora_bias: bool,
+    /// DoRA: the length of each column of the weight is trained apart from its direction.
+    pub use_dora: bool,
     /// How `A` and `B` begin.
     pub init_lora_weights: Init,
     /// Other ranks for layers whose path ends in a match of the key; the first match wins.
@@ -55,21 +69,12 @@ impl Default for Lora {
             use_rslora: false,
             bias: LoraBias::None,
             lora_bias: false,
+            use_dora: false,
             init_lora_weights: Init::default(),
             rank_pattern: IndexMap::new(),
             alpha_pattern: IndexMap::new(),
             targets: Targets::default(),
         }
-    }
-}
-
-/// Writes 16 and not 16.0: HF PEFT declares these fields as integers.
-#[allow(clippy::trivially_copy_pass_by_ref)]
-pub(crate) fn number<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
-    if value.fract() == 0.0 && value.abs() < 1e15 {
-        serializer.serialize_i64(*value as i64)
-    } else {
-        serializer.serialize_f64(*value)
     }
 }
 
@@ -86,119 +91,150 @@ pub enum LoraBias {
     LoraOnly,
 }
 
-/// How the factors begin: HF PEFT's `init_lora_weights`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum Init {
-    /// `true`: `A ~ U(±1/√fan_in)`, `B = 0`, an exact identity at the start. `false`: `B` is drawn
-    /// like `A` with bound `1/√r`, which is no identity and serves tests.
-    Default(bool),
-    /// "gaussian": `A ~ N(0, 1/r²)`, `B = 0`.
-    Named(String),
-}
-
-impl Default for Init {
-    fn default() -> Self {
-        Self::Default(true)
-    }
-}
-
-impl From<&str> for Init {
-    fn from(name: &str) -> Self {
-        match name.to_ascii_lowercase().as_str() {
-            "true" => Self::Default(true),
-            "false" => Self::Default(false),
-            _ => Self::Named(name.to_owned()),
-        }
-    }
-}
-
 /// What LoRA trains at one place.
 #[derive(Module, Debug)]
 pub struct LoraAdapter {
     /// `A [fan_in, r]`.
     pub lora_a: Param<Tensor<2>>,
-    /// `B [r, fan_out]`.
-    pub lora_b: Param<Tensor<2>>,
+    /// `B [r, fan_out]`; none where the init holds it constant.
+    pub lora_b: Option<Param<Tensor<2>>>,
     /// The bias on `B`, `[fan_out]`.
     pub lora_bias: Option<Param<Tensor<1>>>,
+    /// The trained lengths, with DoRA.
+    pub dora: Option<Dora>,
     /// Drops inputs of `A` in training.
     pub dropout: Dropout,
     /// `s`.
     pub scaling: f64,
+    /// More columns of `A` that are constant: `A0`.
+    constant_a: Option<Tensor<2>>,
+    /// More rows of `B` that are constant: `-B0`, or all of it.
+    constant_b: Option<Tensor<2>>,
+}
+
+/// A trained part with a constant one beside it.
+fn join(trained: Tensor<2>, constant: &Option<Tensor<2>>, axis: usize) -> Tensor<2> {
+    match constant {
+        Some(constant) => Tensor::cat(vec![trained, constant.clone()], axis),
+        None => trained,
+    }
 }
 
 impl LoraAdapter {
-    fn drop<const D: usize>(&self, x: &Tensor<D>) -> Tensor<D> {
-        drop(x, &self.dropout, &self.lora_a.val())
+    /// `A` and `B` with their constant parts: `s·A·B` is the difference.
+    fn factors(&self) -> Pair {
+        let a = join(self.lora_a.val(), &self.constant_a, 1);
+        let b = match (&self.lora_b, &self.constant_b) {
+            (Some(b), constant) => join(b.val(), constant, 0),
+            (None, Some(b)) => b.clone(),
+            (None, None) => Tensor::zeros([a.dims()[1], 0], &a.device()), // is never made
+        };
+        (a, b)
     }
 
-    /// A convolution's kernels out of `A`: `[r, in, ..kernel]`.
-    fn kernel<const D: usize>(&self, mut shape: [usize; D]) -> Tensor<D> {
-        let [_, r] = self.lora_a.dims();
-        shape[0] = r;
-        self.lora_a.val().transpose().reshape(shape)
-    }
-
-    /// The 1x1 convolution that `B` is: `[fan_out, r, 1, ..]`.
-    fn expand<const D: usize>(&self) -> Tensor<D> {
-        let [r, out] = self.lora_b.dims();
-        let mut shape = [1; D];
-        shape[0] = out;
-        shape[1] = r;
-        self.lora_b.val().transpose().reshape(shape)
+    /// `δ` out of `product(x, A, B)`, the effect of `s·A·B`: the same, or with DoRA what it makes of that
+    /// and of `own`, the layer without its bias on an input from which dropout took something.
+    fn effect<const D: usize, const W: usize>(
+        &self,
+        x: &Tensor<D>,
+        y: &Tensor<D>,
+        axis: usize,
+        weight: &Param<Tensor<W>>,
+        own: impl FnOnce(Option<Tensor<D>>) -> Tensor<D>,
+        product: impl FnOnce(Tensor<D>, Tensor<2>, Tensor<2>) -> Tensor<D>,
+    ) -> Option<Tensor<D>> {
+        let (a, b) = self.factors();
+        let x = drop(x, &self.dropout, &a);
+        let delta = product(x.clone(), a.clone(), b.clone());
+        let Some(dora) = &self.dora else {
+            return Some(delta.cast(y.dtype()));
+        };
+        let own = own(drops(&self.dropout, &a).then_some(x));
+        let whole = dora.turn(&as_matrix(weight.val()), &(a, b), self.scaling, (own, delta), axis);
+        Some(whole.cast(y.dtype()))
     }
 }
 
 impl Adapter for LoraAdapter {
-    fn linear(&self, _layer: &Linear, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
-        let h = linear(self.drop(x), self.lora_a.val(), None) * self.scaling; // [batch, seq, r]
-        let bias = self.lora_bias.as_ref().map(|bias| bias.val() * self.scaling);
-        Some(linear(h, self.lora_b.val(), bias).cast(y.dtype()))
+    fn linear(&self, layer: &Linear, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
+        let own = |dropped: Option<Tensor<3>>| match dropped {
+            Some(x) => linear(x.cast(y.dtype()), layer.weight.val(), None),
+            None => unbiased(y, &layer.bias, 2),
+        };
+        self.effect(x, y, 2, &layer.weight, own, |x, a, b| {
+            let h = linear(x, a, None) * self.scaling; // [batch, seq, r]
+            linear(h, b, self.lora_bias.as_ref().map(|bias| bias.val() * self.scaling))
+        })
     }
 
     fn embedding(
         &self,
-        _layer: &Embedding,
+        layer: &Embedding,
         ids: &Tensor<2, Int>,
         y: &Tensor<3>,
     ) -> Option<Tensor<3>> {
-        let h = embedding(self.lora_a.val(), ids.clone()) * self.scaling; // [batch, seq, r]
-        Some(linear(h, self.lora_b.val(), None).cast(y.dtype()))
+        let (a, b) = self.factors();
+        let h = embedding(a.clone(), ids.clone()) * self.scaling; // [batch, seq, r]
+        let delta = linear(h, b.clone(), None);
+        let delta = match &self.dora {
+            None => delta,
+            Some(dora) => {
+                let w = layer.weight.val();
+                dora.turn(&w, &(a, b), self.scaling, (y.clone(), delta), 2)
+            }
+        };
+        Some(delta.cast(y.dtype()))
     }
 
     fn conv1d(&self, layer: &Conv1d, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
-        let mut down = layer.clone();
-        down.weight = Param::initialized(layer.weight.id, self.kernel(layer.weight.dims()));
-        down.bias = None;
-        let h = down.forward(self.drop(x)) * self.scaling;
-        let options = burn::tensor::ops::ConvOptions::new([1], [0], [1], 1);
-        Some(conv1d(h, self.expand(), None, options).cast(y.dtype()))
+        let run = |x: Tensor<3>, kernel: Tensor<3>| {
+            let mut copy = layer.clone();
+            copy.weight = Param::initialized(layer.weight.id, kernel);
+            copy.bias = None;
+            copy.forward(x)
+        };
+        let own = |dropped: Option<Tensor<3>>| match dropped {
+            Some(x) => run(x.cast(y.dtype()), layer.weight.val()),
+            None => unbiased(y, &layer.bias, 1),
+        };
+        self.effect(x, y, 1, &layer.weight, own, |x, a, b| {
+            let h = run(x, kernel(a, layer.weight.dims())) * self.scaling;
+            conv1d(h, expand(b), None, ConvOptions::new([1], [0], [1], 1))
+        })
     }
 
     fn conv2d(&self, layer: &Conv2d, x: &Tensor<4>, y: &Tensor<4>) -> Option<Tensor<4>> {
-        let mut down = layer.clone();
-        down.weight = Param::initialized(layer.weight.id, self.kernel(layer.weight.dims()));
-        down.bias = None;
-        let h = down.forward(self.drop(x)) * self.scaling;
-        let options = burn::tensor::ops::ConvOptions::new([1, 1], [0, 0], [1, 1], 1);
-        Some(conv2d(h, self.expand(), None, options).cast(y.dtype()))
+        let run = |x: Tensor<4>, kernel: Tensor<4>| {
+            let mut copy = layer.clone();
+            copy.weight = Param::initialized(layer.weight.id, kernel);
+            copy.bias = None;
+            copy.forward(x)
+        };
+        let own = |dropped: Option<Tensor<4>>| match dropped {
+            Some(x) => run(x.cast(y.dtype()), layer.weight.val()),
+            None => unbiased(y, &layer.bias, 1),
+        };
+        self.effect(x, y, 1, &layer.weight, own, |x, a, b| {
+            let h = run(x, kernel(a, layer.weight.dims())) * self.scaling;
+            conv2d(h, expand(b), None, ConvOptions::new([1, 1], [0, 0], [1, 1], 1))
+        })
     }
 }
 
 impl Fold for LoraAdapter {
-    fn weight(&self, _w: &Tensor<2>) -> Option<Tensor<2>> {
-        Some((self.lora_a.val() * self.scaling).matmul(self.lora_b.val()))
+    fn weight(&self, w: &Tensor<2>) -> Option<Tensor<2>> {
+        let (a, b) = self.factors();
+        let delta = (a.clone() * self.scaling).matmul(b.clone());
+        Some(match &self.dora {
+            None => delta,
+            Some(dora) => dora.turn(w, &(a, b), self.scaling, (w.clone(), delta), 1),
+        })
     }
 
     fn bias(&self, _b: &Tensor<1>) -> Option<Tensor<1>> {
         Some(self.lora_bias.as_ref()?.val() * self.scaling)
     }
 }
-
-/// Inits that changed the base model they were trained on, so that the factors alone do not say
-/// what was learnt.
-const CHANGES_BASE: &[&str] = &["pissa", "olora", "corda", "loftq", "lora_ga", "mica"];
 
 impl Lora {
     /// With this rank, alpha and targets, and HF PEFT's defaults for the rest.
@@ -228,19 +264,36 @@ impl Lora {
         Ok(alpha / if self.use_rslora { r.sqrt() } else { r })
     }
 
+    /// `start` is what is taken off again.
     fn adapter(
         &self,
         site: &Site,
-        (a, b): (Tensor<2>, Tensor<2>),
+        (a, b): Pair,
+        start: Option<Pair>,
         bias: Option<Tensor<1>>,
     ) -> Result<LoraAdapter, Error> {
-        let [_, r] = a.dims();
+        let scaling = self.scaling(&site.path, a.dims()[1])?;
+        let freezes_b = self.init_lora_weights.freezes_b();
+        let (constant_a, constant_b) = start.map(|(a0, b0)| (a0, -b0)).unzip();
+        let constant_b = if freezes_b { Some(b.clone()) } else { constant_b };
         Ok(LoraAdapter {
-            scaling: self.scaling(&site.path, r)?,
             lora_a: Param::from_tensor(a),
-            lora_b: Param::from_tensor(b),
+            lora_b: (!freezes_b).then(|| Param::from_tensor(b)),
             lora_bias: bias.map(Param::from_tensor),
+            dora: None,
             dropout: DropoutConfig::new(self.lora_dropout).init(),
+            scaling,
+            constant_a: constant_a.map(Tensor::without_autodiff),
+            constant_b: constant_b.map(Tensor::without_autodiff),
+        })
+    }
+
+    /// The factors of which `s·A·B` is a part of the base, where the init splits it.
+    fn start(&self, site: &Site, (a, b): &Pair) -> Option<Pair> {
+        self.init_lora_weights.splits_base().then(|| match site.kind {
+            // As in HF PEFT, tables are not split.
+            Kind::Embedding => (a.zeros_like(), b.zeros_like()),
+            _ => (a.clone(), b.clone()),
         })
     }
 
@@ -272,7 +325,6 @@ impl Method for Lora {
         ("target_parameters", &[]),
         ("trainable_token_indices", &[]),
         ("use_bdlora", &[]),
-        ("use_dora", &[]),
         ("use_qalora", &[]),
     ];
 
@@ -297,11 +349,39 @@ impl Method for Lora {
     fn check(&self) -> Result<(), Error> {
         positive("r", self.r)?;
         finite("lora_alpha", self.lora_alpha)?;
-        probability("lora_dropout", self.lora_dropout)
+        probability("lora_dropout", self.lora_dropout)?;
+        let plain = matches!(self.init_lora_weights, Init::Default | Init::Random);
+        if self.lora_bias && (self.use_dora || !plain) {
+            let reason = "works without use_dora and with init_lora_weights true or false only";
+            return Err(Error::config("lora_bias", reason));
+        }
+        if self.use_dora && self.init_lora_weights.freezes_b() {
+            return Err(Error::config("use_dora", "does not work with the init \"mica\""));
+        }
+        Ok(())
     }
 
     fn starts_as_identity(&self) -> bool {
-        self.init_lora_weights != Init::Default(false)
+        self.init_lora_weights != Init::Random
+    }
+
+    fn draws(&self) -> bool {
+        self.init_lora_weights.draws()
+    }
+
+    fn portable(&self) -> Self {
+        if !self.init_lora_weights.splits_base() {
+            return self.clone();
+        }
+        // Twice the rank at the same scale.
+        let factor = if self.use_rslora { std::f64::consts::SQRT_2 } else { 2.0 };
+        let mut portable = self.clone();
+        portable.init_lora_weights = Init::Default;
+        portable.r = self.r.saturating_mul(2);
+        portable.lora_alpha *= factor;
+        portable.rank_pattern.values_mut().for_each(|r| *r = r.saturating_mul(2));
+        portable.alpha_pattern.values_mut().for_each(|alpha| *alpha *= factor);
+        portable
     }
 
     fn init(
@@ -312,39 +392,20 @@ impl Method for Lora {
         device: &Device,
     ) -> Result<LoraAdapter, Error> {
         let r = self.rank(site)?;
-        let (shape_a, shape_b) = ([site.fan_in(), r], [r, site.fan_out()]);
-        let zeros = |shape: [usize; 2]| Tensor::zeros(shape, device);
-        let bound = |fan_in: usize| (1.0 / fan_in as f32).sqrt();
-        let mut bias = Tensor::zeros([site.fan_out()], device);
-        let pair = match (&self.init_lora_weights, site.kind) {
-            // HF PEFT draws B and zeroes A here, whatever the init says, so that unseen rows of
-            // the table do not move; `false` leaves both drawn.
-            (Init::Default(true) | Init::Named(_), Kind::Embedding) => {
-                (zeros(shape_a), normal(shape_b, 1.0, rng, device))
-            }
-            (Init::Default(true), _) => {
-                (uniform(shape_a, bound(site.fan_in()), rng, device), zeros(shape_b))
-            }
-            (Init::Default(false), _) => {
-                if self.lora_bias {
-                    bias = uniform([site.fan_out()], bound(r), rng, device);
-                }
-                (
-                    uniform(shape_a, bound(site.fan_in()), rng, device),
-                    uniform(shape_b, bound(r), rng, device),
-                )
-            }
-            (Init::Named(name), _) if name.eq_ignore_ascii_case("gaussian") => {
-                (normal(shape_a, 1.0 / r as f32, rng, device), zeros(shape_b))
-            }
-            (Init::Named(name), _) => {
-                let reason =
-                    format!("`{name}` is not implemented; expected true, false or \"gaussian\"");
-                return Err(Error::config("init_lora_weights", reason));
-            }
-        };
-        let bias = self.has_bias(site)?.then_some(bias);
-        self.adapter(site, pair, bias)
+        let scaling = self.scaling(&site.path, r)?;
+        let pair = self.init_lora_weights.factors(&Place { site, r, scaling, device }, rng)?;
+        let start = self.start(site, &pair);
+        let bias = self.has_bias(site)?.then(|| match self.init_lora_weights {
+            Init::Random => uniform([site.fan_out()], bound(r), rng, device),
+            _ => Tensor::zeros([site.fan_out()], device),
+        });
+        let mut adapter = self.adapter(site, pair, start, bias)?;
+        if self.use_dora
+            && let Some(w) = site.matrix()
+        {
+            adapter.dora = Some(Dora::new(w, &adapter.factors(), scaling, device));
+        }
+        Ok(adapter)
     }
 
     fn fold(adapter: &LoraAdapter) -> Option<&dyn Fold> {
@@ -358,7 +419,20 @@ impl Method for Lora {
             Self { use_rslora: true, bias: LoraBias::LoraOnly, ..plain.clone() },
             Self { lora_dropout: 0.2, bias: LoraBias::All, ..plain.clone() },
             Self { init_lora_weights: "gaussian".into(), targets: saving, ..plain.clone() },
-            Self { init_lora_weights: "false".into(), lora_bias: true, ..plain.clone() },
+            Self { init_lora_weights: Init::Random, lora_bias: true, ..plain.clone() },
+            Self { use_dora: true, lora_dropout: 0.1, ..plain.clone() },
+            Self { use_dora: true, init_lora_weights: Init::Random, ..plain.clone() },
+            Self { use_dora: true, init_lora_weights: "pissa_niter_4".into(), ..plain.clone() },
+            Self { init_lora_weights: Init::Orthogonal, ..plain.clone() },
+            Self { init_lora_weights: "pissa".into(), ..plain.clone() },
+            Self {
+                init_lora_weights: Init::Olora,
+                use_rslora: true,
+                rank_pattern: IndexMap::from([("query".into(), 2)]),
+                alpha_pattern: IndexMap::from([("query".into(), 6.0)]),
+                ..plain.clone()
+            },
+            Self { init_lora_weights: Init::Mica, ..plain.clone() },
             Self {
                 rank_pattern: IndexMap::from([("query".into(), 2)]),
                 alpha_pattern: IndexMap::from([("query".into(), 6.0)]),
@@ -370,29 +444,24 @@ impl Method for Lora {
 
     fn parameters(&self, site: &Site) -> usize {
         let r = self.rank(site).unwrap_or(self.r);
-        r * (site.fan_in() + site.fan_out()) + usize::from(self.lora_bias) * site.fan_out()
+        let b = if self.init_lora_weights.freezes_b() { 0 } else { r * site.fan_out() };
+        let vectors = usize::from(self.lora_bias) + usize::from(self.use_dora);
+        r * site.fan_in() + b + vectors * site.fan_out()
     }
 
     fn tensors(&self, site: &Site, adapter: &LoraAdapter) -> Vec<(&'static str, TensorData)> {
-        let a = adapter.lora_a.val().transpose(); // (r, fan_in), as PyTorch stores it
-        let b = adapter.lora_b.val().transpose(); // (fan_out, r)
-        let r = a.dims()[0];
-        let mut tensors = match site.weight.shape().as_slice() {
-            _ if site.kind == Kind::Embedding => {
-                vec![("lora_embedding_A", a.into_data()), ("lora_embedding_B", b.into_data())]
-            }
-            [out, c, k] => vec![
-                ("lora_A.weight", a.reshape([r, *c, *k]).into_data()),
-                ("lora_B.weight", b.reshape([*out, r, 1]).into_data()),
-            ],
-            [out, c, h, w] => vec![
-                ("lora_A.weight", a.reshape([r, *c, *h, *w]).into_data()),
-                ("lora_B.weight", b.reshape([*out, r, 1, 1]).into_data()),
-            ],
-            _ => vec![("lora_A.weight", a.into_data()), ("lora_B.weight", b.into_data())],
-        };
+        let (a, b) = adapter.factors();
+        let layout = Layout::new(site, a.dims()[1]);
+        let mut tensors = vec![
+            (layout.a, shaped(a.transpose(), layout.shape_a)), // (r, fan_in) in PyTorch
+            (layout.b, shaped(b.transpose(), layout.shape_b)), // (fan_out, r)
+        ];
         if let Some(bias) = &adapter.lora_bias {
             tensors.push(("lora_B.bias", bias.val().into_data()));
+        }
+        if let Some(dora) = &adapter.dora {
+            let m = shaped(dora.magnitude.val(), layout.shape_m);
+            tensors.push(("lora_magnitude_vector", m));
         }
         tensors
     }
@@ -404,39 +473,32 @@ impl Method for Lora {
         file: &mut PlaceTensors<'_>,
         device: &Device,
     ) -> Result<LoraAdapter, Error> {
-        if let Init::Named(name) = &self.init_lora_weights
-            && CHANGES_BASE.iter().any(|init| name.to_ascii_lowercase().starts_with(init))
-        {
-            let reason = format!(
-                "`{name}` changed the base model; convert the adapter in HF PEFT with \
-                 save_pretrained(path_initial_model_for_weight_conversion=..)"
-            );
-            return Err(Error::config("init_lora_weights", reason));
-        }
+        self.init_lora_weights.check_readable()?;
         let r = self.rank(site)?;
-        let (fan_in, fan_out) = (site.fan_in(), site.fan_out());
-        let (a, b) = match site.weight.shape().as_slice() {
-            _ if site.kind == Kind::Embedding => (
-                file.take("lora_embedding_A", [r, fan_in], device)?,
-                file.take("lora_embedding_B", [fan_out, r], device)?,
-            ),
-            [out, c, k] => (
-                file.take("lora_A.weight", [r, *c, *k], device)?.reshape([r, fan_in]),
-                file.take("lora_B.weight", [*out, r, 1], device)?.reshape([fan_out, r]),
-            ),
-            [out, c, h, w] => (
-                file.take("lora_A.weight", [r, *c, *h, *w], device)?.reshape([r, fan_in]),
-                file.take("lora_B.weight", [*out, r, 1, 1], device)?.reshape([fan_out, r]),
-            ),
-            _ => (
-                file.take("lora_A.weight", [r, fan_in], device)?,
-                file.take("lora_B.weight", [fan_out, r], device)?,
-            ),
-        };
+        let layout = Layout::new(site, r);
+        let a = take(file, layout.a, &layout.shape_a, [r, site.fan_in()], device)?;
+        let b = take(file, layout.b, &layout.shape_b, [site.fan_out(), r], device)?;
         let bias = match self.has_bias(site)? {
-            true => Some(file.take("lora_B.bias", [fan_out], device)?),
+            true => Some(file.take("lora_B.bias", [site.fan_out()], device)?),
             false => None,
         };
-        self.adapter(site, (a.transpose(), b.transpose()), bias)
+        // HF PEFT splits the base again when it reads an adapter that was not converted.
+        let start = match self.init_lora_weights.splits_base() {
+            true => {
+                let place = Place { site, r, scaling: self.scaling(&site.path, r)?, device };
+                let drawn = &mut ChaCha8Rng::seed_from_u64(0); // what is read draws nothing
+                self.start(site, &self.init_lora_weights.factors(&place, drawn)?)
+            }
+            false => None,
+        };
+        let mut adapter = self.adapter(site, (a.transpose(), b.transpose()), start, bias)?;
+        if self.use_dora
+            && let Some(w) = site.matrix()
+        {
+            let shape = [1, site.fan_out()];
+            let m = take(file, "lora_magnitude_vector", &layout.shape_m, shape, device)?;
+            adapter.dora = Some(Dora::restored(&w, m.flatten(0, 1)));
+        }
+        Ok(adapter)
     }
 }

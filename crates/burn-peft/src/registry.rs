@@ -56,6 +56,7 @@ methods![
     burn_peft_reparam::VbLora,
     burn_peft_reparam::Vera,
 ];
+methods![burn_peft_reparam::Lora, burn_peft_reparam::AdaLora];
 
 /// Adapters whose method is known at run time only.
 pub trait AnyAdapters: Overlay + Send + Sync {

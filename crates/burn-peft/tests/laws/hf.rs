@@ -248,13 +248,14 @@ fn a_configuration_that_changes_the_result_is_refused() {
     };
     for (field, value) in [
         ("use_dora", serde_json::json!(true)),
+        ("use_bdlora", serde_json::json!({"nblocks": 2})),
         ("target_parameters", serde_json::json!(["experts"])),
         ("layer_replication", serde_json::json!([[0, 1]])),
         ("r", serde_json::json!(0)),
         ("r", serde_json::json!(5)),
         ("r", serde_json::json!("four")),
         ("peft_type", serde_json::json!("NONSENSE")),
-        ("init_lora_weights", serde_json::json!("pissa")),
+        ("init_lora_weights", serde_json::json!("pissa_niter_4")),
         ("target_modules", serde_json::json!(["nothing"])),
         ("target_modules", serde_json::json!("(")),
         ("target_modules", serde_json::json!(["query"])),
