@@ -65,7 +65,7 @@ impl Default for Lora {
 
 /// Writes 16 and not 16.0: HF PEFT declares these fields as integers.
 #[allow(clippy::trivially_copy_pass_by_ref)]
-fn number<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+pub(crate) fn number<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
     if value.fract() == 0.0 && value.abs() < 1e15 {
         serializer.serialize_i64(*value as i64)
     } else {

@@ -48,7 +48,7 @@ macro_rules! methods {
     };
 }
 
-methods![burn_peft_reparam::Lora];
+methods![burn_peft_reparam::Lora, burn_peft_reparam::Loha];
 
 /// Adapters whose method is known at run time only.
 pub trait AnyAdapters: Overlay + Send + Sync {
