@@ -8,9 +8,7 @@ use burn::nn::Linear;
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::tensor::module::linear;
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_peft_core::{
-    Adapter, Error, Fold, Kind, Method, PlaceTensors, Site, Targets, composed,
-};
+use burn_peft_core::{Adapter, Error, Fold, Kind, Method, PlaceTensors, Site, Targets, composed};
 use indexmap::IndexMap;
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};

@@ -97,6 +97,12 @@ impl Factor {
         Self { a: Param::from_tensor(a), b: Some(Param::from_tensor(b)) }
     }
 
+    /// `[rows, columns]`.
+    pub(crate) fn dims(&self) -> [usize; 2] {
+        let [rows, columns] = self.a.dims();
+        [rows, self.b.as_ref().map_or(columns, |b| b.dims()[1])]
+    }
+
     /// The matrix, multiplied out.
     pub(crate) fn matrix(&self) -> Tensor<2> {
         match &self.b {

@@ -48,7 +48,15 @@ macro_rules! methods {
     };
 }
 
-methods![burn_peft_reparam::Lora, burn_peft_reparam::Loha];
+methods![
+    burn_peft_reparam::Lora,
+    burn_peft_reparam::Loha,
+    burn_peft_reparam::Lokr,
+    burn_peft_reparam::Hira,
+    burn_peft_reparam::Glora,
+    burn_peft_reparam::Gralora,
+    burn_peft_reparam::Miss,
+];
 
 /// Adapters whose method is known at run time only.
 pub trait AnyAdapters: Overlay + Send + Sync {
