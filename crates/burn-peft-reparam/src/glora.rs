@@ -74,21 +74,27 @@ impl Default for Glora {
     }
 }
 
-/// What GLoRA trains at one place; a matrix of one row or column counts for all.
+/// What GLoRA trains at one place, each as HF PEFT stores it: a column for each input (for `C` one), a row
+/// for each output (for `C`: input). One column counts for all inputs, one value for all outputs too.
 #[derive(Module, Debug)]
 pub struct GloraAdapter {
-    /// `A`, `[fan_in, fan_out]`, `[1, fan_out]` or `[1, 1]`.
+    /// `Aᵀ`: `[fan_out, fan_in]`, `[fan_out, 1]` or `[1, 1]`.
     pub a: Option<Factor>,
-    /// `B`, likewise.
+    /// `Bᵀ`, likewise.
     pub b: Option<Factor>,
-    /// `C [1, fan_in]`.
+    /// `Cᵀ [fan_in, 1]`.
     pub c: Option<Factor>,
-    /// `D`, `[1, fan_out]` or `[1, 1]`.
+    /// `Dᵀ`: `[fan_out, 1]` or `[1, 1]`.
     pub d: Option<Factor>,
-    /// `E`, likewise.
+    /// `Eᵀ`, likewise.
     pub e: Option<Factor>,
     /// The frozen weight where `C` asks for it: a handle on the base's own.
     pub w: Option<Tensor<2>>,
+}
+
+/// `M`, of what is stored as `Mᵀ`.
+fn matrix(factor: &Option<Factor>) -> Option<Tensor<2>> {
+    Some(factor.as_ref()?.matrix().transpose())
 }
 
 fn add<const D: usize>(parts: [Option<Tensor<D>>; 3]) -> Option<Tensor<D>> {
@@ -101,54 +107,40 @@ impl Adapter for GloraAdapter {
             return Some(whole - y.clone());
         }
         let bias = layer.bias.as_ref().map(|b| b.val());
-        // A scales outputs: x·(W ⊙ A) = (x·W) ⊙ A.
-        let scaled = self.a.as_ref().map(|a| {
-            let a = a.matrix();
+        // A scales outputs: x·(W ⊙ A) = (y - b) ⊙ A.
+        let scaled = matrix(&self.a).map(|a| {
             let y = y.clone().cast(a.dtype());
-            let xw = match &bias {
-                Some(b) => y - b.clone().cast(a.dtype()).unsqueeze(),
-                None => y,
-            };
-            xw * a.unsqueeze()
+            let b = bias.clone().map(|b| b.cast(a.dtype()).unsqueeze());
+            b.map_or_else(|| y.clone(), |b| y.clone() - b) * a.unsqueeze()
         });
-        // B is one row, the same for all inputs: x·B = Σx · B.
-        let shifted = self.b.as_ref().map(|b| {
-            let b = b.matrix();
-            x.clone().cast(b.dtype()).sum_dim(2) * b.unsqueeze()
-        });
+        // B is the same for all inputs: x·B = Σx · B.
+        let shifted = matrix(&self.b).map(|b| x.clone().cast(b.dtype()).sum_dim(2) * b.unsqueeze());
         let moved = bias.and_then(|b| Fold::bias(self, &b)).map(|delta| delta.unsqueeze());
         Some(add([scaled, shifted, moved])?.expand(y.dims()).cast(y.dtype()))
     }
 
     fn linear_whole(&self, layer: &Linear, x: &Tensor<3>) -> Option<Tensor<3>> {
-        self.a.as_ref()?.b.as_ref()?;
+        self.a.as_ref()?.b.as_ref()?; // of one column and row there are cheaper ways
         composed::linear(self, layer, x)
     }
 }
 
 impl Fold for GloraAdapter {
     fn weight(&self, w: &Tensor<2>) -> Option<Tensor<2>> {
-        let scaled = self.a.as_ref().map(|a| {
-            let a = a.matrix();
-            w.clone().cast(a.dtype()) * a
-        });
-        let shifted = self.b.as_ref().map(|b| b.matrix().expand(w.dims()));
+        let scaled = matrix(&self.a).map(|a| w.clone().cast(a.dtype()) * a);
+        let shifted = matrix(&self.b).map(|b| b.expand(w.dims()));
         add([scaled, shifted, None])
     }
 
     fn bias(&self, b: &Tensor<1>) -> Option<Tensor<1>> {
         let b: Tensor<2> = b.clone().unsqueeze();
-        let [_, fan_out] = b.dims();
-        let scaled = self.d.as_ref().map(|d| {
-            let d = d.matrix();
-            b.clone().cast(d.dtype()) * d
+        let scaled = matrix(&self.d).map(|d| b.clone().cast(d.dtype()) * d);
+        let shifted = matrix(&self.e).map(|e| e.expand(b.dims()));
+        let moved = matrix(&self.c).zip(self.w.clone()).map(|(c, w)| {
+            let dtype = c.dtype();
+            c.cast(w.dtype()).matmul(w).cast(dtype)
         });
-        let shifted = self.e.as_ref().map(|e| e.matrix().expand([1, fan_out]));
-        let moved = self.c.as_ref().zip(self.w.as_ref()).map(|(c, w)| {
-            let c = c.matrix();
-            c.clone().cast(w.dtype()).matmul(w.clone()).cast(c.dtype())
-        });
-        Some(add([scaled, shifted, moved])?.reshape([fan_out]))
+        Some(add([scaled, shifted, moved])?.squeeze_dim(0))
     }
 }
 
@@ -186,13 +178,12 @@ impl Glora {
         for ([xd, xu, x, _], (form, shape)) in NAMES.into_iter().zip(self.parts(site)) {
             factors.push(match (form, shape.as_slice()) {
                 (GloraForm::Lora, [rows, columns]) => {
-                    let (d, u) = (from.take(xd, [*rows, r])?, from.take(xu, [r, *columns])?);
-                    Some(Factor::thin(u.transpose(), d.transpose()))
+                    Some(Factor::thin(from.take(xd, [*rows, r])?, from.take(xu, [r, *columns])?))
                 }
-                (GloraForm::Vector, [rows, _]) => {
-                    Some(Factor::whole(from.take(x, [*rows, 1])?.transpose()))
+                (GloraForm::Vector, [rows, _]) => Some(Factor::whole(from.take(x, [*rows, 1])?)),
+                (GloraForm::Vector, [n]) => {
+                    Some(Factor::whole(from.take(x, [*n])?.unsqueeze_dim(1)))
                 }
-                (GloraForm::Vector, [n]) => Some(Factor::whole(from.take(x, [*n])?.unsqueeze())),
                 (GloraForm::Constant, _) => Some(Factor::whole(from.take(x, [1])?.unsqueeze())),
                 _ => None,
             });
@@ -317,17 +308,15 @@ impl Method for Glora {
         for (([xd, xu, x, zeros], (form, shape)), factor) in parts {
             match factor {
                 None => tensors.push((zeros, TensorData::zeros::<f32, _>(shape))),
-                Some(Factor { a: u, b: Some(d) }) => {
-                    tensors.push((xd, d.val().transpose().into_data()));
-                    tensors.push((xu, u.val().transpose().into_data()));
+                Some(Factor { a: d, b: Some(u) }) => {
+                    tensors.extend([(xd, d.val().into_data()), (xu, u.val().into_data())]);
                 }
-                Some(Factor { a: value, b: None })
-                    if form == GloraForm::Vector && shape.len() == 2 =>
-                {
-                    tensors.push((x, value.val().transpose().into_data()));
-                }
-                Some(Factor { a: value, b: None }) => {
-                    tensors.push((x, value.val().flatten::<1>(0, 1).into_data()));
+                Some(Factor { a, b: None }) => {
+                    let flat = form == GloraForm::Constant || shape.len() == 1;
+                    let value = a.val();
+                    let data =
+                        if flat { value.flatten::<1>(0, 1).into_data() } else { value.into_data() };
+                    tensors.push((x, data));
                 }
             }
         }

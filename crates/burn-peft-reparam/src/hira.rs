@@ -1,7 +1,7 @@
 //! HiRA: `W' = W + W ⊙ (A·B)`, a thin product that scales each weight (Hadamard high-rank adaptation).
 
 use crate::common::{drop, positive, probability};
-use crate::lycoris::{indexable, rank};
+use crate::lycoris::indexable;
 use crate::source::{Draw, Drawn, Read, Source};
 use burn::module::{Module, Param};
 use burn::nn::conv::{Conv1d, Conv2d};
@@ -31,7 +31,8 @@ pub struct Hira {
     pub hira_dropout: f64,
     /// How `A` and `B` begin; default `true`.
     pub init_weights: HiraInit,
-    /// Other ranks for layers whose path ends in a match of the key; the first match wins.
+    /// HF PEFT 0.21.2 reads other ranks here and gives every layer `r` all the same. So does loading here,
+    /// for such files to fit; a new adapter refuses it.
     pub rank_pattern: IndexMap<String, usize>,
     /// Where it goes.
     #[serde(flatten)]
@@ -124,8 +125,7 @@ impl Hira {
     }
 
     fn adapter(&self, site: &Site, from: &mut impl Source) -> Result<HiraAdapter, Error> {
-        let r = rank(self.r, &self.rank_pattern, site)?;
-        let (fan_in, out) = (site.fan_in(), site.fan_out());
+        let (r, fan_in, out) = (self.r, site.fan_in(), site.fan_out());
         indexable(r, r.checked_mul(fan_in + out), site)?;
         let (a, b) = match *site.weight.shape().as_slice() {
             _ if site.kind == Kind::Embedding => (
@@ -189,6 +189,10 @@ impl Method for Hira {
         rng: &mut ChaCha8Rng,
         device: &Device,
     ) -> Result<HiraAdapter, Error> {
+        if !self.rank_pattern.is_empty() {
+            let reason = "expected none, for HF PEFT ignores it and could not load the adapter";
+            return Err(Error::config("rank_pattern", reason));
+        }
         let draw = |name: &str, shape: &[usize]| match (&self.init_weights, name) {
             (HiraInit::Default(false), _) | (_, "hira_embedding_B") => Draw::Normal(1.0),
             (_, "hira_B" | "hira_embedding_A") => Draw::Zeros,
@@ -210,14 +214,12 @@ impl Method for Hira {
             Self { hira_dropout: 0.2, ..plain.clone() },
             Self { init_weights: HiraInit::Default(false), ..plain.clone() },
             Self { init_weights: HiraInit::Named("gaussian".into()), ..plain.clone() },
-            Self { rank_pattern: IndexMap::from([("query".into(), 2)]), ..plain.clone() },
             plain,
         ]
     }
 
     fn parameters(&self, site: &Site) -> usize {
-        let r = rank(self.r, &self.rank_pattern, site).unwrap_or(self.r);
-        r * (site.fan_in() + site.fan_out())
+        self.r * (site.fan_in() + site.fan_out())
     }
 
     fn tensors(&self, site: &Site, adapter: &HiraAdapter) -> Vec<(&'static str, TensorData)> {

@@ -104,3 +104,40 @@ pub(crate) fn tucker(core: Tensor<4>, a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
     let core = core.permute([1, 2, 3, 0]).reshape([r, height * width * r]);
     b.transpose().matmul(core).reshape([inputs * height * width, r]).matmul(a)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Device;
+
+    fn dropped(drops: &Drops, device: &Device) -> Vec<f32> {
+        let delta = drops.apply(Tensor::<3>::ones([2, 3, 64], device), 2);
+        delta.into_data().try_to_vec().expect("is f32")
+    }
+
+    #[test]
+    fn outputs_are_dropped_for_all_rows_and_made_up_for() {
+        let device = Device::flex().autodiff();
+        for rescale in [true, false] {
+            let found = dropped(&Drops::new(0.5, 0.0, rescale), &device);
+            let (first, rest) = found.split_at(64);
+            let left = first.iter().filter(|&&v| v != 0.0).count();
+            assert!((1..64).contains(&left), "{left} of 64 are left");
+            assert!(rest.chunks(64).all(|row| row == first));
+            let value = if rescale { 64.0 / left as f32 } else { 1.0 };
+            assert!(first.iter().all(|&v| v == 0.0 || (v - value).abs() < 1e-5));
+        }
+    }
+
+    #[test]
+    fn a_place_is_dropped_whole() {
+        let device = Device::flex().autodiff();
+        let drops = Drops::new(0.0, 0.5, true);
+        let draws: Vec<Vec<f32>> = (0..64).map(|_| dropped(&drops, &device)).collect();
+        for value in [0.0, 1.0] {
+            assert!(draws.iter().any(|draw| draw.iter().all(|&v| v == value)));
+        }
+        assert!(draws.iter().all(|draw| draw.iter().all(|&v| v == draw[0])));
+        assert!(dropped(&drops, &Device::flex()).iter().all(|&v| v == 1.0), "drops in use");
+    }
+}

@@ -121,7 +121,7 @@ impl Fold for MissAdapter {
             Self::Shards(MissShards { block, .. }) => {
                 let [r, width] = block.dims();
                 let repeated = block.val().repeat_dim(1, fan_out / width);
-                repeated.repeat_dim(0, fan_in.div_ceil(r)).slice([0..fan_in])
+                repeated.repeat_dim(0, fan_in.div_ceil(r)).narrow(0, 0, fan_in)
             }
             Self::Bat(MissBat { block }) => {
                 let [blocks, r, _] = block.dims();
