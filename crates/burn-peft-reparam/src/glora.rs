@@ -18,9 +18,9 @@ use serde::{Deserialize, Serialize};
 /// `A` and `B` are `[fan_in, r]·[r, fan_out]` ("lora"), a value for each output ("vector"), one value
 /// ("constant") or nothing ("none"); `C [1, fan_in]` is `[1, r]·[r, fan_in]`, a vector or nothing; `D` and
 /// `E` are vectors `[fan_out]`, constants or nothing. A layer without a bias has neither `C`, `D` nor
-/// `E`. Of "lora" the factor of the inputs (for `C` `[1, r]`) is `U(±1/√n)`, `n` its inputs, and the
-/// other zero; all else is zero. Parameters by the default words: `2r·(fan_in + fan_out) + r·(fan_in + 1)
-/// + 2` a place. Folds. Names and defaults are HF PEFT's.
+/// `E`. Of "lora" the first factor is `U(±1/√n)` (`n = fan_in`, for `C` 1) and the second zero; all else
+/// is zero. Parameters with the default words: `2r·(fan_in + fan_out)`, `r·(fan_in + 1)` for `C` and 2
+/// for `D` and `E`. Folds. Names and defaults are HF PEFT's.
 ///
 /// A Hadamard product of `W` with a thin one has no cheaper way than the weight: with `config_A_B` "lora"
 /// the layer is composed on each call. With the other words nothing dense is formed.
