@@ -48,7 +48,15 @@ macro_rules! methods {
     };
 }
 
-methods![burn_peft_reparam::Lora];
+methods![
+    burn_peft_reparam::Lora,
+    burn_peft_reparam::Boft,
+    burn_peft_reparam::Delora,
+    burn_peft_reparam::Hra,
+    burn_peft_reparam::Oft,
+    burn_peft_reparam::Psoft,
+    burn_peft_reparam::Road,
+];
 
 /// Adapters whose method is known at run time only.
 pub trait AnyAdapters: Overlay + Send + Sync {
