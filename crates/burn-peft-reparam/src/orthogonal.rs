@@ -45,6 +45,19 @@ pub(crate) fn identity(size: usize, device: &Device) -> Tensor<3> {
     Tensor::<2>::eye(size, &device.clone().inner()).unsqueeze()
 }
 
+/// Multiplications in a block's product up to which calling a matmul for each block costs more than they do.
+const FEW: usize = 256;
+
+/// `A·B` block by block, `[n, rows, size]·[n, size, columns]`; one of the `n` may be 1.
+fn product(a: Tensor<3>, b: Tensor<3>) -> Tensor<3> {
+    let ([_, rows, size], [_, _, columns]) = (a.dims(), b.dims());
+    if rows * size * columns > FEW {
+        return a.matmul(b);
+    }
+    let term = |k| a.clone().narrow(2, k, 1) * b.clone().narrow(1, k, 1);
+    (1..size).fold(term(0), |sum, k| sum + term(k))
+}
+
 /// Cayley's orthogonal matrices `(I + Q)(I - Q)⁻¹` out of skew-symmetric `Q [n, size, size]`.
 ///
 /// The inverse is found off the graph; one step of Newton's iteration `X(2I - AX)` on the graph then
@@ -54,7 +67,7 @@ pub(crate) fn cayley(q: Tensor<3>) -> Tensor<3> {
     let eye = identity(size, &q.device());
     let a = eye.clone() - q;
     let x = inverse(&a);
-    let x = x.clone().matmul(eye.clone() * 2.0 - a.matmul(x));
+    let x = product(x.clone(), eye.clone() * 2.0 - product(a, x));
     x * 2.0 - eye // (I + Q)(I - Q)⁻¹ = (2I - A)·A⁻¹
 }
 
@@ -105,10 +118,10 @@ pub(crate) fn neumann(q: Tensor<3>, terms: usize) -> Tensor<3> {
     let mut sum = eye + q.clone() * 2.0;
     let mut power = q.clone();
     for _ in 2..(terms - 1).max(3) {
-        power = power.matmul(q.clone());
+        power = product(power, q.clone());
         sum = sum + power.clone() * 2.0;
     }
-    sum + power.matmul(q)
+    sum + product(power, q)
 }
 
 /// `x·diag(R₁ … Rₙ)`: block by block of the last axis, `x [batch, seq, n·size]`. One `R` serves
@@ -118,17 +131,17 @@ pub(crate) fn turn(x: Tensor<3>, r: &Tensor<3>) -> Tensor<3> {
     let [n, size, _] = r.dims();
     let rows = shape.iter().product::<usize>() / (n * size);
     if n == 1 {
-        return x.reshape([1, rows, size]).matmul(r.clone()).reshape(shape);
+        return product(x.reshape([1, rows, size]), r.clone()).reshape(shape);
     }
     let blocks = x.reshape([rows, n, size]).swap_dims(0, 1);
-    blocks.matmul(r.clone()).swap_dims(0, 1).reshape(shape)
+    product(blocks, r.clone()).swap_dims(0, 1).reshape(shape)
 }
 
 /// `diag(R₁ … Rₙ)·W`: block by block of the rows of `W [n·size, out]`. One `R` serves all blocks.
 pub(crate) fn turn_rows(w: Tensor<2>, r: &Tensor<3>) -> Tensor<2> {
     let [rows, out] = w.dims();
     let [_, size, _] = r.dims();
-    r.clone().matmul(w.reshape([rows / size, size, out])).reshape([rows, out])
+    product(r.clone(), w.reshape([rows / size, size, out])).reshape([rows, out])
 }
 
 /// Whether a multiplicative dropout acts: in training, and where there is something to learn.
@@ -254,6 +267,18 @@ mod tests {
         is_near(&values(turn(x.clone(), &r)), &expected, 1e-6);
         let w = x.reshape([6, 8]).transpose();
         is_near(&values(turn_rows(w.clone(), &r)), &values(whole.matmul(w)), 1e-6);
+    }
+
+    #[test]
+    fn small_products_are_products() {
+        let tensor = |shape: [usize; 3]| {
+            let data = TensorData::new(numbers(shape.iter().product(), 1.0), shape);
+            Tensor::<3>::from_data(data, &device().inner())
+        };
+        for (a, b) in [([3, 2, 4], [3, 4, 5]), ([1, 2, 4], [3, 4, 5]), ([3, 9, 4], [1, 4, 9])] {
+            let found = values(product(tensor(a), tensor(b)));
+            is_near(&found, &values(tensor(a).matmul(tensor(b))), 1e-6);
+        }
     }
 
     #[test]

@@ -359,9 +359,10 @@ impl Method for Psoft {
     }
 
     fn samples(targets: &Targets) -> Vec<Self> {
-        let plain = Self { psoft_svd: Svd::Lowrank, ..Self::new(4, 2.0, targets.clone()) };
+        let plain = Self::new(4, 2.0, targets.clone());
         vec![
             Self {
+                psoft_svd: Svd::Lowrank,
                 psoft_svd_lowrank_niter: 3,
                 random_seed: 1,
                 psoft_dropout: 0.2,
@@ -435,5 +436,47 @@ impl Method for Psoft {
             vector(self.psoft_mag_a, "psoft_R.vector_a")?,
         ];
         Ok(self.adapter(weight, vectors, (a, b)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::nn::LinearConfig;
+    use burn_peft_core::Sites;
+
+    fn largest<const D: usize>(difference: Tensor<D>) -> f32 {
+        difference.abs().max().into_scalar::<f32>()
+    }
+
+    #[test]
+    fn the_factors_are_nearest_to_the_weight() {
+        let device = Device::flex();
+        for (fan_in, fan_out) in [(7, 5), (5, 7)] {
+            let sites = Sites::of(&vec![LinearConfig::new(fan_in, fan_out).init(&device)], None);
+            let w = sites.all[0].matrix().expect("is one");
+            for (psoft_svd, ab_svd_init) in
+                [(Svd::Full, Split::Psoft), (Svd::Lowrank, Split::Psoft), (Svd::Full, Split::Pissa)]
+            {
+                let of_rank = |r| {
+                    let plain = Psoft::new(r, 3.0, Targets::default());
+                    Psoft { psoft_svd, ab_svd_init, psoft_svd_lowrank_niter: 40, ..plain }
+                };
+                // The whole weight at the full rank.
+                let method = of_rank(5);
+                let (a, b) = method.factors(&sites.all[0], &device).expect("fits");
+                assert!(largest(a.clone().matmul(b) * method.scaling() - w.clone()) < 1e-5);
+                if ab_svd_init == Split::Psoft {
+                    let square = a.clone().transpose().matmul(a);
+                    assert!(largest(square - Tensor::eye(5, &device)) < 1e-5);
+                }
+                // What is left out at a lower one stands at right angles on what is kept.
+                let method = of_rank(2);
+                let (a, b) = method.factors(&sites.all[0], &device).expect("fits");
+                let rest = w.clone() - a.clone().matmul(b.clone()) * method.scaling();
+                assert!(largest(a.transpose().matmul(rest.clone())) < 1e-4);
+                assert!(largest(rest.matmul(b.transpose())) < 1e-4);
+            }
+        }
     }
 }
