@@ -88,8 +88,8 @@ fn inverse(a: &Tensor<3>) -> Tensor<3> {
                 *value *= pivot;
                 *kept = *value;
             }
-            for (i, row) in matrix.chunks_exact_mut(size).enumerate().filter(|(i, _)| *i != k) {
-                debug_assert!(i != k);
+            let others = matrix.chunks_exact_mut(size).enumerate().filter(|(i, _)| *i != k);
+            for (_, row) in others {
                 let factor = std::mem::take(&mut row[k]);
                 for (value, above) in row.iter_mut().zip(&pivot_row) {
                     *value -= factor * above;
