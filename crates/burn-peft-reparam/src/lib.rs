@@ -3,6 +3,7 @@
 mod common;
 mod lora;
 mod random;
+mod torch_random;
 
 pub use common::Bias;
 pub use lora::{Init, Lora, LoraAdapter, LoraBias};
