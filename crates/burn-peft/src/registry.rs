@@ -48,7 +48,13 @@ macro_rules! methods {
     };
 }
 
-methods![burn_peft_reparam::Lora];
+methods![
+    burn_peft_reparam::Lora,
+    burn_peft_reparam::FourierFt,
+    burn_peft_reparam::WaveFt,
+    burn_peft_reparam::C3a,
+    burn_peft_reparam::Shira,
+];
 
 /// Adapters whose method is known at run time only.
 pub trait AnyAdapters: Overlay + Send + Sync {
