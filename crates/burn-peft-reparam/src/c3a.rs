@@ -17,7 +17,7 @@ use std::f64::consts::TAU;
 /// C3A (arXiv 2407.19342): `y = xW + b + δ(x)`, where output block `m` of `δ` is `Σₙ xₙ ⋆ wₘₙ / fan_in`:
 /// the circular correlation of each input block, `block_size` numbers, with a trained kernel.
 ///
-/// `w [fan_out / block_size, fan_in / block_size, block_size]`. On activations the correlation is a
+/// `w [block_size, fan_in / block_size, fan_out / block_size]`. On activations the correlation is a
 /// product of spectra, `F(y) = Σ F(x)·F(w)*`, with matrices for `F`, which places of one block size
 /// share. It begins as `init_weights` says, by default not as an identity. Parameters: `fan_in·fan_out /
 /// block_size` a place. Folds: block `(n, m)` of `Δ(W)` holds `wₘₙ[(i − o) mod block_size] / fan_in`.
@@ -71,31 +71,31 @@ impl From<&str> for C3aInit {
 /// and then its imaginary ones.
 #[derive(Module, Debug)]
 pub struct Fourier {
-    /// `[b, 2f]`.
+    /// `F [2f, b]`.
     pub forward: Tensor<2>,
-    /// `[2f, b]`.
+    /// `F⁻¹ [b, 2f]`.
     pub inverse: Tensor<2>,
 }
 
 impl Fourier {
     fn new(b: usize, device: &Device) -> Self {
         let f = b / 2 + 1;
-        let (mut forward, mut inverse) = (vec![0.0_f32; b * 2 * f], vec![0.0_f32; 2 * f * b]);
+        let (mut forward, mut inverse) = (vec![0.0_f32; 2 * f * b], vec![0.0_f32; b * 2 * f]);
         for k in 0..f {
-            // All others stand for their mirror image too.
+            // Those between the first and the last stand for their mirror image too.
             let weight = if k == 0 || 2 * k == b { 1.0 } else { 2.0 } / b as f64;
             for i in 0..b {
                 let (sin, cos) = (TAU * (i * k % b) as f64 / b as f64).sin_cos();
-                forward[i * 2 * f + k] = cos as f32;
-                forward[i * 2 * f + f + k] = -sin as f32;
-                inverse[k * b + i] = (weight * cos) as f32;
-                inverse[(f + k) * b + i] = (-weight * sin) as f32;
+                forward[k * b + i] = cos as f32;
+                forward[(f + k) * b + i] = -sin as f32;
+                inverse[i * 2 * f + k] = (weight * cos) as f32;
+                inverse[i * 2 * f + f + k] = (-weight * sin) as f32;
             }
         }
         let device = device.clone().inner();
         Self {
-            forward: Tensor::from_data(TensorData::new(forward, [b, 2 * f]), &device),
-            inverse: Tensor::from_data(TensorData::new(inverse, [2 * f, b]), &device),
+            forward: Tensor::from_data(TensorData::new(forward, [2 * f, b]), &device),
+            inverse: Tensor::from_data(TensorData::new(inverse, [b, 2 * f]), &device),
         }
     }
 }
@@ -103,7 +103,7 @@ impl Fourier {
 /// What C3A trains at one place.
 #[derive(Module, Debug)]
 pub struct C3aAdapter {
-    /// `w [fan_out / b, fan_in / b, b]`.
+    /// `w [b, fan_in / b, fan_out / b]`.
     pub kernel: Param<Tensor<3>>,
     /// `F` of `b` numbers.
     pub fourier: Fourier,
@@ -112,36 +112,32 @@ pub struct C3aAdapter {
 impl Adapter for C3aAdapter {
     fn linear(&self, _layer: &Linear, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
         let w = self.kernel.val();
-        let ([batch, seq, fan_in], [m, n, b]) = (x.dims(), w.dims());
+        let ([batch, seq, fan_in], [b, n, m]) = (x.dims(), w.dims());
         let (rows, f) = (batch * seq, b / 2 + 1);
-        let spectra = |blocks: Tensor<3>| -> Tensor<3> {
-            let [i, j, _] = blocks.dims();
-            let spectra = blocks.reshape([i * j, b]).matmul(self.fourier.forward.clone());
-            spectra.reshape([i, j, 2 * f])
-        };
-        let x = x.clone().cast(w.dtype()).reshape([rows, n, b]);
-        let x = spectra(x).permute([2, 0, 1]); // [2f, rows, n]
-        let w = spectra(w).permute([2, 1, 0]); // [2f, n, m]
+        let x = x.clone().cast(w.dtype()).reshape([rows * n, b]).transpose();
+        let x = self.fourier.forward.clone().matmul(x).reshape([2 * f, rows, n]);
+        let w = self.fourier.forward.clone().matmul(w.reshape([b, n * m])).reshape([2 * f, n, m]);
         // (Re x + i·Im x)(Re w − i·Im w): Re x and Im x meet Re w, Im x and −Re x meet Im w.
         let (re, im) = (x.clone().narrow(0, 0, f), x.narrow(0, f, f));
         let with_re = Tensor::cat(vec![re.clone(), im.clone()], 1);
         let with_im = Tensor::cat(vec![im, -re], 1);
         let products = Tensor::cat(vec![with_re, with_im], 0).matmul(w); // [2f, 2·rows, m]
         let sum = products.clone().narrow(0, 0, f) + products.narrow(0, f, f);
-        let spectra = sum.reshape([f, 2, rows, m]).permute([2, 3, 1, 0]);
-        let blocks = spectra.reshape([rows * m, 2 * f]).matmul(self.fourier.inverse.clone());
-        Some((blocks.reshape([batch, seq, m * b]) / fan_in as f64).cast(y.dtype()))
+        let sum = sum.reshape([f, 2, rows * m]).swap_dims(0, 1).reshape([2 * f, rows * m]);
+        let blocks = self.fourier.inverse.clone().matmul(sum).reshape([b, rows, m]);
+        let whole = blocks.permute([1, 2, 0]).reshape([batch, seq, m * b]);
+        Some((whole / fan_in as f64).cast(y.dtype()))
     }
 }
 
 impl Fold for C3aAdapter {
     fn weight(&self, _w: &Tensor<2>) -> Option<Tensor<2>> {
         let w = self.kernel.val();
-        let [m, n, b] = w.dims();
+        let [b, n, m] = w.dims();
         let circulant: Vec<i32> = (0..b * b).map(|at| ((at / b + b - at % b) % b) as i32).collect();
         let circulant = TensorData::new(circulant, [b * b]);
         let circulant = Tensor::<1, Int>::from_data(circulant, &self.fourier.forward.device());
-        let blocks = w.select(2, circulant).reshape([m, n, b, b]).permute([1, 2, 0, 3]);
+        let blocks = w.select(0, circulant).reshape([b, b, n, m]).permute([2, 0, 3, 1]);
         Some(blocks.reshape([n * b, m * b]) / (n * b) as f64)
     }
 }
@@ -163,7 +159,7 @@ impl C3a {
                 return Err(Error::place(&site.path, reason));
             }
         }
-        Ok([site.fan_out() / b, site.fan_in() / b, b])
+        Ok([b, site.fan_in() / b, site.fan_out() / b])
     }
 
     fn transforms(
@@ -173,7 +169,7 @@ impl C3a {
     ) -> Result<BTreeMap<usize, Fourier>, Error> {
         let mut transforms = BTreeMap::new();
         for site in sites {
-            let [_, _, b] = self.shape(site)?;
+            let [b, _, _] = self.shape(site)?;
             transforms.entry(b).or_insert_with(|| Fourier::new(b, device));
         }
         Ok(transforms)
@@ -185,7 +181,7 @@ impl C3a {
         shared: &BTreeMap<usize, Fourier>,
         device: &Device,
     ) -> C3aAdapter {
-        let [_, _, b] = kernel.dims();
+        let [b, _, _] = kernel.dims();
         C3aAdapter {
             kernel: Param::from_tensor(kernel),
             fourier: shared.get(&b).cloned().unwrap_or_else(|| Fourier::new(b, device)),
@@ -280,11 +276,12 @@ impl Method for C3a {
     }
 
     fn parameters(&self, site: &Site) -> usize {
-        self.shape(site).map_or(0, |[m, n, b]| m * n * b)
+        self.shape(site).map_or(0, |[b, n, m]| b * n * m)
     }
 
     fn tensors(&self, _site: &Site, adapter: &C3aAdapter) -> Vec<(&'static str, TensorData)> {
-        vec![("c3a_kernel", adapter.kernel.val().into_data())]
+        // (fan_out / b, fan_in / b, b)
+        vec![("c3a_kernel", adapter.kernel.val().permute([2, 1, 0]).into_data())]
     }
 
     fn restore(
@@ -294,8 +291,9 @@ impl Method for C3a {
         file: &mut PlaceTensors<'_>,
         device: &Device,
     ) -> Result<C3aAdapter, Error> {
-        let kernel = file.take("c3a_kernel", self.shape(site)?, device)?;
-        Ok(self.adapter(kernel, shared, device))
+        let [b, n, m] = self.shape(site)?;
+        let kernel = file.take("c3a_kernel", [m, n, b], device)?;
+        Ok(self.adapter(kernel.permute([2, 1, 0]), shared, device))
     }
 
     fn restore_shared(
