@@ -48,7 +48,21 @@ macro_rules! methods {
     };
 }
 
-methods![burn_peft_reparam::Lora];
+methods![
+    burn_peft_reparam::Lora,
+    burn_peft_reparam::AfLora,
+    burn_peft_reparam::CapaBoost,
+    burn_peft_reparam::HiWi,
+    burn_peft_reparam::KAdaptation,
+    burn_peft_reparam::KronA,
+    burn_peft_reparam::LoraDropout,
+    burn_peft_reparam::LoraFa,
+    burn_peft_reparam::LoraSp,
+    burn_peft_reparam::MosLora,
+    burn_peft_reparam::Nola,
+    burn_peft_reparam::Said,
+    burn_peft_reparam::SuperLora,
+];
 
 /// Adapters whose method is known at run time only.
 pub trait AnyAdapters: Overlay + Send + Sync {
