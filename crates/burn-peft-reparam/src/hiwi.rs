@@ -1,7 +1,8 @@
 //! HiWi: the adapter reads the weight and not the activation, `W' = W + s·f(W·D)·U` (arXiv 2305.16742).
 
+use crate::LoraAdapter;
 use crate::common::{finite, positive};
-use crate::low_rank::{bounded, lora, stored};
+use crate::low_rank::{bounded, lora, stored, taken};
 use crate::random::uniform;
 use burn::module::{Module, Param};
 use burn::nn::conv::{Conv1d, Conv2d};
@@ -99,7 +100,7 @@ impl HiWiAdapter {
     }
 
     /// The LoRA that this is on a weight.
-    fn lora<const D: usize>(&self, weight: Tensor<D>) -> crate::LoraAdapter {
+    fn lora<const D: usize>(&self, weight: Tensor<D>) -> LoraAdapter {
         lora(self.down(as_matrix(weight)), self.hiwi_up.val(), self.scaling)
     }
 
@@ -252,8 +253,8 @@ impl Method for HiWi {
     ) -> Result<HiWiAdapter, Error> {
         self.fits(site)?;
         let width = site.fan_out();
-        let down: Tensor<2> = file.take("hiwi_down", [self.r, width], device)?;
-        let up: Tensor<2> = file.take("hiwi_up", [width, self.r], device)?;
-        Ok(self.adapter([down.transpose(), up.transpose()]))
+        let down = taken("hiwi_down", [width, self.r], file, device)?;
+        let up = taken("hiwi_up", [self.r, width], file, device)?;
+        Ok(self.adapter([down, up]))
     }
 }

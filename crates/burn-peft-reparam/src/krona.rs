@@ -1,6 +1,7 @@
 //! KronA: `W' = W + s·A⊗B`, a Kronecker product of two small trained factors (arXiv 2212.10650).
 
 use crate::common::{Bias, drop, finite, probability};
+use crate::low_rank::{stored, taken};
 use crate::random::uniform;
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig, Embedding, Linear};
@@ -215,8 +216,8 @@ impl Method for KronA {
 
     fn tensors(&self, _site: &Site, adapter: &KronAAdapter) -> Vec<(&'static str, TensorData)> {
         let mut tensors = vec![
-            ("krona_A", adapter.krona_a.val().transpose().into_data()),
-            ("krona_B", adapter.krona_b.val().transpose().into_data()),
+            ("krona_A", stored(adapter.krona_a.val())),
+            ("krona_B", stored(adapter.krona_b.val())),
         ];
         if let Some(residual) = &adapter.krona_residual {
             tensors.push(("krona_residual", residual.val().into_data()));
@@ -231,13 +232,13 @@ impl Method for KronA {
         file: &mut PlaceTensors<'_>,
         device: &Device,
     ) -> Result<KronAAdapter, Error> {
-        let [[a1, a2], [b1, b2]] = self.shapes(site)?;
-        let a: Tensor<2> = file.take("krona_A", [a2, a1], device)?;
-        let b: Tensor<2> = file.take("krona_B", [b2, b1], device)?;
+        let [a, b] = self.shapes(site)?;
+        let a = taken("krona_A", a, file, device)?;
+        let b = taken("krona_B", b, file, device)?;
         let residual = match self.has_residual(site) {
             true => Some(file.take("krona_residual", [1], device)?),
             false => None,
         };
-        Ok(self.adapter([a.transpose(), b.transpose()], residual))
+        Ok(self.adapter([a, b], residual))
     }
 }

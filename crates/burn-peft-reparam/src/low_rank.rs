@@ -109,7 +109,7 @@ impl LowRank {
         Ok((a, Tensor::zeros([r, site.fan_out()], device)))
     }
 
-    /// The inverse of [`stored`] for both factors.
+    /// Both factors out of the file.
     pub(crate) fn take(
         &self,
         site: &Site,
@@ -118,9 +118,8 @@ impl LowRank {
         device: &Device,
     ) -> Result<(Tensor<2>, Tensor<2>), Error> {
         let r = self.rank(site)?;
-        let a = file.take(a, [r, site.fan_in()], device)?;
-        let b = file.take(b, [site.fan_out(), r], device)?;
-        Ok((a.transpose(), b.transpose()))
+        let a = taken(a, [site.fan_in(), r], file, device)?;
+        Ok((a, taken(b, [r, site.fan_out()], file, device)?))
     }
 
     /// Two configurations that use every option.
@@ -157,6 +156,18 @@ pub(crate) fn bounded(field: &'static str, path: &str, sizes: &[usize]) -> Resul
             Err(Error::config(field, reason))
         }
     }
+}
+
+/// The inverse of [`stored`]: a factor of the file. Its numbers are laid out anew, because a transposed view
+/// is multiplied in another order, and a loaded adapter must give what the saved one gave, bit for bit.
+pub(crate) fn taken(
+    name: &str,
+    [rows, columns]: [usize; 2],
+    file: &mut PlaceTensors<'_>,
+    device: &Device,
+) -> Result<Tensor<2>, Error> {
+    let factor: Tensor<2> = file.take(name, [columns, rows], &device.clone().inner())?;
+    Ok(Tensor::from_data(factor.transpose().into_data(), device))
 }
 
 /// The place's widths `(fan_in, fan_out)`, for the file of a method whose trained numbers would fit any.

@@ -1,7 +1,7 @@
 //! MoSLoRA: `W' = W + s·A·M·B`, a trained mixer between the factors (arXiv 2406.11909).
 
 use crate::LoraAdapter;
-use crate::low_rank::{LowRank, bounded, faces_by_lora, lora, stored};
+use crate::low_rank::{LowRank, bounded, faces_by_lora, lora, stored, taken};
 use crate::random::{normal, uniform};
 use burn::module::{Module, Param};
 use burn::nn::Dropout;
@@ -172,7 +172,7 @@ impl Method for MosLora {
     ) -> Result<MosLoraAdapter, Error> {
         let r = self.low_rank.rank(site)?;
         let pair = self.low_rank.take(site, ["moslora_A", "moslora_B"], file, device)?;
-        let mixer: Tensor<2> = file.take("moslora_M", [r, r], device)?;
-        self.adapter(site, pair, mixer.transpose())
+        let mixer = taken("moslora_M", [r, r], file, device)?;
+        self.adapter(site, pair, mixer)
     }
 }

@@ -1,7 +1,7 @@
 //! SuperLoRA: `W' = W + s·(A₁B₁)⊗..⊗(A_K B_K)`, a Kronecker product of low-rank matrices (arXiv 2403.11887).
 
 use crate::common::{Bias, drop, finite, positive, probability};
-use crate::low_rank::{bounded, stored};
+use crate::low_rank::{bounded, stored, taken};
 use crate::random::uniform;
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig, Linear};
@@ -228,9 +228,8 @@ impl Method for SuperLora {
     ) -> Result<SuperLoraAdapter, Error> {
         let mut factors = Vec::with_capacity(self.splits);
         for ((p, q), [a, b]) in self.shapes(site)?.into_iter().zip(FACTORS) {
-            let a: Tensor<2> = file.take(a, [self.r, p], device)?;
-            let b: Tensor<2> = file.take(b, [q, self.r], device)?;
-            factors.push([a.transpose(), b.transpose()]);
+            let a = taken(a, [p, self.r], file, device)?;
+            factors.push([a, taken(b, [self.r, q], file, device)?]);
         }
         Ok(self.adapter(factors))
     }
