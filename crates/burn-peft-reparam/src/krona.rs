@@ -116,20 +116,20 @@ impl Fold for KronAAdapter {
 }
 
 fn divisors(n: usize) -> impl DoubleEndedIterator<Item = usize> {
-    (1..=n).filter(move |divisor| n % divisor == 0)
+    (1..=n).filter(move |divisor| n.is_multiple_of(*divisor))
 }
 
 /// The asked-for divisor of `fan`, or the largest one up to its root.
 fn part(field: &str, asked: Option<usize>, fan: usize, path: &str) -> Result<usize, Error> {
     match asked {
-        Some(size) if size != 0 && fan % size == 0 => Ok(size),
+        Some(size) if size != 0 && fan.is_multiple_of(size) => Ok(size),
         Some(size) => {
             let fits: Vec<String> = divisors(fan).map(|divisor| divisor.to_string()).collect();
             let fits = fits.join(", ");
             let reason = format!("{field}: {size} does not divide {fan}; expected one of {fits}");
             Err(Error::place(path, reason))
         }
-        None => Ok((1..=fan.isqrt()).rev().find(|size| fan % size == 0).unwrap_or(1)),
+        None => Ok((1..=fan.isqrt()).rev().find(|size| fan.is_multiple_of(*size)).unwrap_or(1)),
     }
 }
 

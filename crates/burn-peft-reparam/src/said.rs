@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Said {
-    /// Number of trained parameters of all places together; default 1000.
+    /// Number of trained parameters of all places together, at most 2^24; default 1000.
     pub intrinsic_dimension: usize,
     /// Whether each place has a trained scale `λ`; default true.
     pub said: bool,
@@ -130,9 +130,13 @@ impl Fold for SaidAdapter {
     }
 }
 
+/// The largest intrinsic dimension; far beyond what the paper finds, and its transforms still fit.
+const MOST: usize = 1 << 24;
+
 /// The Walsh-Hadamard matrix: the sign at `(i, j)` is the parity of the bits that they have in common.
 fn hadamard(n: usize, device: &Device) -> Tensor<2> {
-    let sign = |k: usize| if ((k / n) & (k % n)).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+    let sign =
+        |k: usize| if ((k / n) & (k % n)).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
     let values: Vec<f32> = (0..n * n).map(sign).collect();
     Tensor::from_data(TensorData::new(values, [n, n]), device)
 }
@@ -206,8 +210,13 @@ impl Method for Said {
 
     fn check(&self) -> Result<(), Error> {
         positive("intrinsic_dimension", self.intrinsic_dimension)?;
-        bounded("intrinsic_dimension", "all places", &[self.intrinsic_dimension])?;
-        Ok(())
+        match self.intrinsic_dimension <= MOST {
+            true => Ok(()),
+            false => {
+                let reason = format!("expected at most {MOST}, found {}", self.intrinsic_dimension);
+                Err(Error::config("intrinsic_dimension", reason))
+            }
+        }
     }
 
     fn share(

@@ -114,7 +114,8 @@ fn cut(mut width: usize, parts: usize) -> Vec<usize> {
     let mut sizes = Vec::with_capacity(parts);
     for left in (1..=parts).rev() {
         let fits = |size: &usize| {
-            width % size == 0 && size.checked_pow(left as u32).is_some_and(|whole| whole <= width)
+            width.is_multiple_of(*size)
+                && size.checked_pow(left as u32).is_some_and(|whole| whole <= width)
         };
         let size =
             if left == 1 { width } else { (1..=width.isqrt()).rev().find(fits).unwrap_or(1) };
