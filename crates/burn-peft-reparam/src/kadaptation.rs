@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 ///
 /// `Aᵢ [n, n]` are trained once for all places ("slow weights"); `uᵢ [fan_in/n, r]` and
 /// `vᵢ [r, fan_out/n]` at each ("fast weights"). No product with a Kronecker factor is formed in a
-/// forward pass. `A` and `u` are drawn by Glorot's uniform rule, as in the authors' code for its factors;
-/// `v` is zero at first. Parameters: `r·(fan_in + fan_out)` a place and `n³` shared. Folds.
+/// forward pass. `A` and `u` are drawn by Glorot's uniform rule (our choice); `v` is zero at
+/// first. Parameters: `r·(fan_in + fan_out)` a place and `n³` shared. Folds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct KAdaptation {
