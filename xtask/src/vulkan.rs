@@ -14,7 +14,9 @@ pub(crate) fn lavapipe() -> Result<PathBuf, Failure> {
     }
     let missing = || {
         let what = "lavapipe, Mesa's Vulkan driver for the CPU, is not installed";
-        Failure::new(format!("{what}; install {PACKAGE}, or leave this step out with --skip backends"))
+        Failure::new(format!(
+            "{what}; install {PACKAGE}, or leave this step out with --skip backends"
+        ))
     };
     if !exec::works(Command::new("apt-get").arg("--version")) || !is_root() {
         return Err(missing());

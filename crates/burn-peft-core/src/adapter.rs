@@ -72,6 +72,11 @@ pub trait Fold: Adapter {
         None
     }
 
+    /// Whether it has a bias of its own, which a layer without one has no place for.
+    fn brings_bias(&self) -> bool {
+        false
+    }
+
     /// `Δ(b)` for a bias, `[fan_out]`.
     fn bias(&self, b: &Tensor<1>) -> Option<Tensor<1>> {
         let _ = b;

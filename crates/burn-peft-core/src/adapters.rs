@@ -235,6 +235,8 @@ pub trait Folds {
     fn fold_vector(&self, path: &str, v: &Tensor<1>) -> Option<Tensor<1>>;
     /// `Δ(b)` of the bias at `path`.
     fn fold_bias(&self, path: &str, b: &Tensor<1>) -> Option<Tensor<1>>;
+    /// Whether the adapter at `path` has a bias of its own.
+    fn brings_bias(&self, path: &str) -> bool;
     /// Paths of all places that change.
     fn paths(&self) -> Vec<String>;
 }
@@ -260,6 +262,10 @@ impl<A: Module + ModuleDisplay + Fold> Folds for Adapters<A> {
     fn fold_bias(&self, path: &str, b: &Tensor<1>) -> Option<Tensor<1>> {
         let adapter = self.get(path).and_then(|a| a.bias(b));
         add(adapter, self.copy(path).and_then(|c| Fold::bias(c, b)))
+    }
+
+    fn brings_bias(&self, path: &str) -> bool {
+        self.get(path).is_some_and(Fold::brings_bias)
     }
 
     fn paths(&self) -> Vec<String> {
@@ -296,6 +302,10 @@ impl<T: Method> Folds for Folded<'_, T> {
     fn fold_bias(&self, path: &str, b: &Tensor<1>) -> Option<Tensor<1>> {
         let adapter = self.fold(path).and_then(|a| a.bias(b));
         add(adapter, self.0.copy(path).and_then(|c| Fold::bias(c, b)))
+    }
+
+    fn brings_bias(&self, path: &str) -> bool {
+        self.fold(path).is_some_and(Fold::brings_bias)
     }
 
     fn paths(&self) -> Vec<String> {

@@ -1,7 +1,7 @@
 //! The faces of a difference that has no cheaper way than its weight: the layer with `W + Δ(W)`,
 //! composed on each call.
 //!
-//! For weight-only methods ([`Method::WEIGHT_ONLY`](crate::Method::WEIGHT_ONLY)): those whose effect on an
+//! For weight-only methods ([`Method::weight_only`](crate::Method::weight_only)): those whose effect on an
 //! activation costs as much as the dense difference itself (a Hadamard product with `W`, a sparse mask, a
 //! spectrum). Its backward forms a gradient as large as the weight.
 
@@ -20,9 +20,12 @@ fn bias<F: Fold + ?Sized>(fold: &F, base: Option<Tensor<1>>) -> Option<Tensor<1>
 /// The whole output `x·(W + Δ(W)) + b + Δ(b)`, for [`Adapter::linear_whole`](crate::Adapter::linear_whole).
 pub fn linear<F: Fold + ?Sized>(fold: &F, layer: &Linear, x: &Tensor<3>) -> Option<Tensor<3>> {
     let w = layer.weight.val();
-    let whole = fold.weight(&w)? + w;
-    let bias = bias(fold, layer.bias.as_ref().map(|b| b.val()));
-    Some(burn::tensor::module::linear(x.clone(), whole, bias))
+    let delta = fold.weight(&w)?;
+    // A base in half precision is met in the adapter's.
+    let dtype = delta.dtype();
+    let bias = bias(fold, layer.bias.as_ref().map(|b| b.val().cast(dtype)));
+    let y = burn::tensor::module::linear(x.clone().cast(dtype), w.cast(dtype) + delta, bias);
+    Some(y.cast(x.dtype()))
 }
 
 /// `δ` of an embedding: the ids' rows of `Δ(W)`.

@@ -135,8 +135,7 @@ fn check<M: Module>(model: &M, folds: &dyn Folds) -> Result<(), Error> {
             let near = sites.all.iter().map(|site| site.path.as_str());
             return Err(Error::no_match("adapter", &path, "layer", near));
         };
-        let none = || Tensor::zeros([site.fan_out()], &site.device());
-        if site.bias.is_none() && folds.fold_bias(&path, &none()).is_some() {
+        if site.bias.is_none() && folds.brings_bias(&path) {
             let reason = "the adapter adds a bias and the layer has none to fold it into; \
                           run the model with the adapter as an overlay instead";
             return Err(Error::place(path, reason));

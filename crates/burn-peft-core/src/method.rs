@@ -44,10 +44,6 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// the JSON values (besides null, false and empty) that change nothing.
     const ABSENT: &'static [(&'static str, &'static [&'static str])];
 
-    /// Whether the effect on an activation is computed through the dense difference of the weight,
-    /// because nothing cheaper is known ([`composed`](crate::composed)).
-    const WEIGHT_ONLY: bool = false;
-
     /// Whether its files are HF PEFT's; a method that HF PEFT does not have writes the same layout.
     const HF_FORMAT: bool = true;
 
@@ -77,6 +73,12 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// Whether a fresh adapter changes nothing: `δ = 0` until the first step.
     fn starts_as_identity(&self) -> bool {
         true
+    }
+
+    /// Whether the effect on an activation is computed through the dense difference of the weight,
+    /// because nothing cheaper is known ([`composed`](crate::composed)).
+    fn weight_only(&self) -> bool {
+        false
     }
 
     /// Whether the seed decides anything: not where all that is trained begins at constants or follows

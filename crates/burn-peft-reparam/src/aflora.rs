@@ -79,6 +79,7 @@ impl Method for AfLora {
     type Adapter = AfLoraAdapter;
     type Shared = ();
     const NAME: &'static str = "AFLORA";
+    const HF_FORMAT: bool = false;
     const KINDS: &'static [Kind] = &[Kind::Linear, Kind::Embedding, Kind::Conv1d, Kind::Conv2d];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[];
     const FASTER: &'static [&'static str] = &["aflora_s_b"];

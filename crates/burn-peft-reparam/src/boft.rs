@@ -222,6 +222,10 @@ impl Method for Boft {
     const KINDS: &'static [Kind] = &[Kind::Linear, Kind::Conv2d];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[("fan_in_fan_out", &[])];
 
+    fn draws(&self) -> bool {
+        !self.init_weights
+    }
+
     fn targets(&self) -> &Targets {
         &self.targets
     }

@@ -111,6 +111,7 @@ impl Method for CapaBoost {
     type Adapter = CapaBoostAdapter;
     type Shared = ();
     const NAME: &'static str = "CAPABOOST";
+    const HF_FORMAT: bool = false;
     const KINDS: &'static [Kind] = &[Kind::Linear, Kind::Embedding, Kind::Conv1d, Kind::Conv2d];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[];
     const FASTER: &'static [&'static str] = &["capaboost_b"];

@@ -201,7 +201,10 @@ impl Method for FourierFt {
     const NAME: &'static str = "FOURIERFT";
     const KINDS: &'static [Kind] = &[Kind::Linear];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[("fan_in_fan_out", &[])];
-    const WEIGHT_ONLY: bool = true;
+
+    fn weight_only(&self) -> bool {
+        true
+    }
 
     fn targets(&self) -> &Targets {
         &self.targets

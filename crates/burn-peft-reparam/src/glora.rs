@@ -132,6 +132,10 @@ impl Fold for GloraAdapter {
         add([scaled, shifted, None])
     }
 
+    fn brings_bias(&self) -> bool {
+        matrix(&self.e).is_some() || matrix(&self.c).is_some()
+    }
+
     fn bias(&self, b: &Tensor<1>) -> Option<Tensor<1>> {
         let b: Tensor<2> = b.clone().unsqueeze();
         let scaled = matrix(&self.d).map(|d| b.clone().cast(d.dtype()) * d);
@@ -207,8 +211,10 @@ impl Method for Glora {
     const NAME: &'static str = "GLORA";
     const KINDS: &'static [Kind] = &[Kind::Linear];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[];
-    /// For `config_A_B` "lora".
-    const WEIGHT_ONLY: bool = true;
+
+    fn weight_only(&self) -> bool {
+        self.config_A_B == GloraForm::Lora
+    }
 
     fn targets(&self) -> &Targets {
         &self.targets

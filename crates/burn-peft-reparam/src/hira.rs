@@ -156,8 +156,11 @@ impl Method for Hira {
     const NAME: &'static str = "HIRA";
     const KINDS: &'static [Kind] = &[Kind::Linear, Kind::Embedding, Kind::Conv1d, Kind::Conv2d];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[("fan_in_fan_out", &[])];
-    const WEIGHT_ONLY: bool = true;
     const FASTER: &'static [&'static str] = &["hira_b"];
+
+    fn weight_only(&self) -> bool {
+        true
+    }
 
     fn targets(&self) -> &Targets {
         &self.targets

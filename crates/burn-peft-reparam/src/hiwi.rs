@@ -189,6 +189,7 @@ impl Method for HiWi {
     type Adapter = HiWiAdapter;
     type Shared = ();
     const NAME: &'static str = "HIWI";
+    const HF_FORMAT: bool = false;
     const KINDS: &'static [Kind] = &[Kind::Linear, Kind::Embedding, Kind::Conv1d, Kind::Conv2d];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[];
     const FASTER: &'static [&'static str] = &["hiwi_up"];

@@ -138,6 +138,7 @@ impl Method for KAdaptation {
     type Adapter = KAdaptationAdapter;
     type Shared = Slow;
     const NAME: &'static str = "KADAPTATION";
+    const HF_FORMAT: bool = false;
     const KINDS: &'static [Kind] = &[Kind::Linear];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[];
     const FASTER: &'static [&'static str] = &["kadaptation_v"];
@@ -228,8 +229,9 @@ impl Method for KAdaptation {
         self.adapter(site, shared, [u, v])
     }
 
-    fn shared_tensors(&self, adapter: &KAdaptationAdapter) -> Vec<(&'static str, TensorData)> {
-        vec![("kadaptation_A", adapter.kadaptation_a.val().into_data())]
+    fn shared_tensors(&self, adapters: &[&KAdaptationAdapter]) -> Vec<(String, TensorData)> {
+        let rules = |adapter: &&KAdaptationAdapter| adapter.kadaptation_a.val().into_data();
+        adapters.first().map(|a| ("kadaptation_A".into(), rules(a))).into_iter().collect()
     }
 
     fn restore_shared(

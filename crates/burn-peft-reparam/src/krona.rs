@@ -160,6 +160,7 @@ impl Method for KronA {
     type Adapter = KronAAdapter;
     type Shared = ();
     const NAME: &'static str = "KRONA";
+    const HF_FORMAT: bool = false;
     const KINDS: &'static [Kind] = &[Kind::Linear, Kind::Embedding];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[];
     const FASTER: &'static [&'static str] = &["krona_b"];

@@ -231,6 +231,10 @@ impl Fold for LoraAdapter {
         })
     }
 
+    fn brings_bias(&self) -> bool {
+        self.lora_bias.is_some()
+    }
+
     fn bias(&self, _b: &Tensor<1>) -> Option<Tensor<1>> {
         Some(self.lora_bias.as_ref()?.val() * self.scaling)
     }

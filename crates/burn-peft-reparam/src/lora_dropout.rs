@@ -103,6 +103,7 @@ impl Method for LoraDropout {
     type Adapter = LoraDropoutAdapter;
     type Shared = ();
     const NAME: &'static str = "LORADROPOUT";
+    const HF_FORMAT: bool = false;
     const KINDS: &'static [Kind] = &[Kind::Linear, Kind::Embedding, Kind::Conv1d, Kind::Conv2d];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[];
     const FASTER: &'static [&'static str] = &["lora_b"];

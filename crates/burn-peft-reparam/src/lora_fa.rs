@@ -59,8 +59,13 @@ impl Method for LoraFa {
     type Adapter = LoraFaAdapter;
     type Shared = ();
     const NAME: &'static str = "LORAFA";
+    const HF_FORMAT: bool = false;
     const KINDS: &'static [Kind] = &[Kind::Linear, Kind::Embedding, Kind::Conv1d, Kind::Conv2d];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[];
+
+    fn draws(&self) -> bool {
+        false
+    }
 
     fn targets(&self) -> &Targets {
         &self.low_rank.targets

@@ -128,6 +128,7 @@ impl Method for LoraSp {
     type Adapter = LoraSpAdapter;
     type Shared = ();
     const NAME: &'static str = "LORASP";
+    const HF_FORMAT: bool = false;
     const KINDS: &'static [Kind] = &[Kind::Linear, Kind::Embedding, Kind::Conv1d, Kind::Conv2d];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[];
 

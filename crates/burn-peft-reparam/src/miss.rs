@@ -177,8 +177,14 @@ impl Method for Miss {
     const NAME: &'static str = "MISS";
     const KINDS: &'static [Kind] = &[Kind::Linear];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[];
-    /// For "bat".
-    const WEIGHT_ONLY: bool = true;
+
+    fn weight_only(&self) -> bool {
+        self.is("bat")
+    }
+
+    fn draws(&self) -> bool {
+        self.init_weights == MissInit::Default(false)
+    }
 
     fn targets(&self) -> &Targets {
         &self.targets

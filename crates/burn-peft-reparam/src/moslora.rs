@@ -101,6 +101,7 @@ impl Method for MosLora {
     type Adapter = MosLoraAdapter;
     type Shared = ();
     const NAME: &'static str = "MOSLORA";
+    const HF_FORMAT: bool = false;
     const KINDS: &'static [Kind] = &[Kind::Linear, Kind::Embedding, Kind::Conv1d, Kind::Conv2d];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[];
     const FASTER: &'static [&'static str] = &["moslora_b"];

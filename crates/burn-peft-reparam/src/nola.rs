@@ -133,6 +133,7 @@ impl Method for Nola {
     type Adapter = NolaAdapter;
     type Shared = Bases;
     const NAME: &'static str = "NOLA";
+    const HF_FORMAT: bool = false;
     const KINDS: &'static [Kind] = &[Kind::Linear, Kind::Embedding, Kind::Conv1d, Kind::Conv2d];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[];
     const FASTER: &'static [&'static str] = &["nola_beta"];

@@ -217,6 +217,10 @@ impl Method for Oft {
     const KINDS: &'static [Kind] = &[Kind::Linear, Kind::Embedding, Kind::Conv2d];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[("fan_in_fan_out", &[])];
 
+    fn draws(&self) -> bool {
+        !self.init_weights
+    }
+
     fn targets(&self) -> &Targets {
         &self.targets
     }

@@ -288,6 +288,10 @@ impl Method for Psoft {
     const KINDS: &'static [Kind] = &[Kind::Linear];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[("fan_in_fan_out", &[])];
 
+    fn draws(&self) -> bool {
+        !self.init_weights
+    }
+
     fn targets(&self) -> &Targets {
         &self.targets
     }

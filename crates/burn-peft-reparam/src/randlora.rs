@@ -225,10 +225,12 @@ impl Method for RandLora {
     const KINDS: &'static [Kind] = &[Kind::Linear];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[("fan_in_fan_out", &[])];
 
-    /// The scaled `A` has at least as many numbers as the square of the smaller width.
-    const WEIGHT_ONLY: bool = true;
-
     const FASTER: &'static [&'static str] = &["randlora_lambda"];
+
+    /// The scaled `A` has at least as many numbers as the square of the smaller width.
+    fn weight_only(&self) -> bool {
+        true
+    }
 
     fn targets(&self) -> &Targets {
         &self.targets

@@ -196,9 +196,17 @@ impl Method for Said {
     type Adapter = SaidAdapter;
     type Shared = Option<Subspace>;
     const NAME: &'static str = "SAID";
+    const HF_FORMAT: bool = false;
     const KINDS: &'static [Kind] = &[Kind::Linear, Kind::Embedding, Kind::Conv1d, Kind::Conv2d];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[];
-    const WEIGHT_ONLY: bool = true;
+
+    fn weight_only(&self) -> bool {
+        true
+    }
+
+    fn draws(&self) -> bool {
+        false
+    }
 
     fn targets(&self) -> &Targets {
         &self.targets
@@ -282,8 +290,9 @@ impl Method for Said {
         self.adapter(site, shared, lambda, device)
     }
 
-    fn shared_tensors(&self, adapter: &SaidAdapter) -> Vec<(&'static str, TensorData)> {
-        vec![("said_theta", adapter.said_theta.val().into_data())]
+    fn shared_tensors(&self, adapters: &[&SaidAdapter]) -> Vec<(String, TensorData)> {
+        let theta = |adapter: &&SaidAdapter| adapter.said_theta.val().into_data();
+        adapters.first().map(|a| ("said_theta".into(), theta(a))).into_iter().collect()
     }
 
     fn restore_shared(

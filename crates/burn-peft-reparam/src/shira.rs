@@ -108,7 +108,10 @@ impl Method for Shira {
     const NAME: &'static str = "SHIRA";
     const KINDS: &'static [Kind] = &[Kind::Linear];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[("fan_in_fan_out", &[])];
-    const WEIGHT_ONLY: bool = true;
+
+    fn weight_only(&self) -> bool {
+        true
+    }
 
     fn targets(&self) -> &Targets {
         &self.targets

@@ -151,6 +151,7 @@ impl Method for SuperLora {
     type Adapter = SuperLoraAdapter;
     type Shared = ();
     const NAME: &'static str = "SUPERLORA";
+    const HF_FORMAT: bool = false;
     const KINDS: &'static [Kind] = &[Kind::Linear];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[];
 

@@ -263,7 +263,10 @@ impl Method for WaveFt {
     const NAME: &'static str = "WAVEFT";
     const KINDS: &'static [Kind] = &[Kind::Linear];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[("fan_in_fan_out", &[])];
-    const WEIGHT_ONLY: bool = true;
+
+    fn weight_only(&self) -> bool {
+        true
+    }
 
     fn targets(&self) -> &Targets {
         &self.targets

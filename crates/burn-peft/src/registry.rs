@@ -50,13 +50,41 @@ macro_rules! methods {
 
 methods![
     burn_peft_reparam::Lora,
+    burn_peft_reparam::AdaLora,
+    burn_peft_reparam::AfLora,
+    burn_peft_reparam::Boft,
+    burn_peft_reparam::C3a,
+    burn_peft_reparam::CapaBoost,
+    burn_peft_reparam::Delora,
+    burn_peft_reparam::FourierFt,
+    burn_peft_reparam::Glora,
+    burn_peft_reparam::Gralora,
+    burn_peft_reparam::HiWi,
+    burn_peft_reparam::Hira,
+    burn_peft_reparam::Hra,
+    burn_peft_reparam::KAdaptation,
+    burn_peft_reparam::KronA,
+    burn_peft_reparam::Loha,
+    burn_peft_reparam::Lokr,
+    burn_peft_reparam::LoraDropout,
+    burn_peft_reparam::LoraFa,
+    burn_peft_reparam::LoraSp,
+    burn_peft_reparam::Miss,
+    burn_peft_reparam::MosLora,
+    burn_peft_reparam::Nola,
+    burn_peft_reparam::Oft,
+    burn_peft_reparam::Psoft,
     burn_peft_reparam::Pvera,
     burn_peft_reparam::RandLora,
+    burn_peft_reparam::Road,
+    burn_peft_reparam::Said,
+    burn_peft_reparam::Shira,
+    burn_peft_reparam::SuperLora,
     burn_peft_reparam::TinyLora,
     burn_peft_reparam::VbLora,
     burn_peft_reparam::Vera,
+    burn_peft_reparam::WaveFt,
 ];
-methods![burn_peft_reparam::Lora, burn_peft_reparam::AdaLora];
 
 /// Adapters whose method is known at run time only.
 pub trait AnyAdapters: Overlay + Send + Sync {

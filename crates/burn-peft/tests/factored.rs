@@ -1,5 +1,5 @@
 //! No method falls back to a dense difference in silence, unless it says that it has no other way
-//! (`WEIGHT_ONLY`): a forward pass through a wide layer must not
+//! (`Method::weight_only`): a forward pass through a wide layer must not
 //! allocate as much as its weight. A binary of its own, because it counts every allocation.
 
 use burn::module::Module;
@@ -44,11 +44,11 @@ struct Factored {
 
 impl ForEach for Factored {
     fn visit<T: Method>(&mut self) {
-        if T::WEIGHT_ONLY {
-            return;
-        }
         let sites = Sites::of(&self.model, None);
         for method in T::samples(&Targets::list(["query"])) {
+            if method.weight_only() {
+                continue;
+            }
             let adapters =
                 adapt(&sites, &method, 0, &self.device.clone().autodiff()).expect("fits");
             let forward = || self.model.forward(&self.x, &Scope::new(&adapters));

@@ -347,7 +347,7 @@ law!(
         let config = AdapterConfig::new(case.method.clone());
         save(folder.path(), &config, &case.sites, &case.trained(1)).expect("is written");
         let mut other = case.sites.clone();
-        let wide = burn::nn::LinearConfig::new(8, 12).init(&case.device);
+        let wide = burn::nn::LinearConfig::new(10, 12).init(&case.device);
         for site in other.all.iter_mut().filter(|site| site.path == "query") {
             site.weight = burn_peft::core::Value::D2(wide.weight.val());
             site.bias = wide.bias.as_ref().map(|b| b.val());

@@ -28,7 +28,7 @@ impl ForEach for Rows {
             serves(Kind::Embedding),
             serves(Kind::Conv1d),
             serves(Kind::Conv2d),
-            if T::WEIGHT_ONLY { "dense" } else { "factored" },
+            if method.weight_only() { "dense" } else { "factored" },
             yes(T::fold(adapter).is_some()),
             "yes",
             "yes",
