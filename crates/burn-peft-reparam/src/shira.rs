@@ -181,7 +181,7 @@ impl Method for Shira {
     }
 
     fn parameters(&self, site: &Site) -> usize {
-        self.r * (site.fan_in() + site.fan_out())
+        self.count(site).unwrap_or(0)
     }
 
     fn tensors(&self, site: &Site, adapter: &ShiraAdapter) -> Vec<(&'static str, TensorData)> {

@@ -109,7 +109,7 @@ impl TorchRandom {
         for block in values.chunks_exact_mut(BLOCK) {
             box_muller(block, mean, std);
         }
-        if count % BLOCK != 0 {
+        if !count.is_multiple_of(BLOCK) {
             // The last block ends where the tensor ends, and is drawn anew.
             let tail = &mut values[count - BLOCK..];
             tail.fill_with(|| self.unit());
