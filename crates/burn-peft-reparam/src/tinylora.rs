@@ -171,6 +171,7 @@ impl TinyLora {
         sites: &[&Site],
         mut v: impl FnMut(usize) -> Result<Tensor<1>, Error>,
     ) -> Result<Groups, Error> {
+        sites.iter().try_for_each(|site| self.check_size(site))?;
         let number = |(place, site): (usize, &&Site)| (site.path.clone(), place);
         let v = (0..self.groups(sites.len())).map(|group| Ok(Param::from_tensor(v(group)?)));
         Ok(Groups {
@@ -294,7 +295,6 @@ impl Method for TinyLora {
         _rng: &mut ChaCha8Rng,
         device: &Device,
     ) -> Result<TinyLoraAdapter, Error> {
-        self.check_size(site)?;
         let r = self.rank(site);
         let no_matrix = || Error::place(&site.path, "expected a matrix, found a vector");
         let w = site.matrix().ok_or_else(no_matrix)?.without_autodiff().cast(DType::F32);
@@ -359,7 +359,6 @@ impl Method for TinyLora {
         file: &mut PlaceTensors<'_>,
         device: &Device,
     ) -> Result<TinyLoraAdapter, Error> {
-        self.check_size(site)?;
         let device = device.clone().inner();
         let (r, fan_in, fan_out) = (self.rank(site), site.fan_in(), site.fan_out());
         let pair = match site.kind {

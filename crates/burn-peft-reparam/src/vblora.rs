@@ -65,6 +65,8 @@ impl Default for VbLora {
 }
 
 /// Which vectors make each piece, and how strongly.
+// Both are a few handles, of which there are two for each place.
+#[allow(clippy::large_enum_variant)]
 #[derive(Module, Debug)]
 pub enum VectorChoice {
     /// By the largest of the trained logits, `[_, _, num_vectors]`.
@@ -211,7 +213,7 @@ impl VbLora {
         let data = indices.into_data();
         match self.num_vectors {
             ..0x100 => data.convert::<u8>(),
-            ..0x8000 => data.convert::<i16>(),
+            0x100..0x8000 => data.convert::<i16>(),
             _ => data.convert::<i32>(),
         }
     }
