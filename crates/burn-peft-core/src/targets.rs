@@ -240,9 +240,15 @@ impl Targets {
                     || path.starts_with(&format!("{name}."))
                     || path.contains(&format!(".{name}."))
             };
-            let before = chosen.len();
-            chosen.extend(sites.all.iter().filter(inside));
-            if chosen.len() == before && strictness == Strictness::EachName {
+            let mut matched = sites.all.iter().filter(inside).peekable();
+            let none = matched.peek().is_none();
+            for site in matched {
+                // HF PEFT lists names twice at times.
+                if !chosen.iter().any(|known| known.path == site.path) {
+                    chosen.push(site);
+                }
+            }
+            if none && strictness == Strictness::EachName {
                 let paths = sites.all.iter().map(|site| site.path.as_str());
                 return Err(Error::no_match("modules_to_save", name, "layer", paths));
             }

@@ -2,7 +2,7 @@
 //! (arXiv 2403.13269).
 
 use crate::LoraAdapter;
-use crate::low_rank::{LowRank, faces_by_lora, lora, stored};
+use crate::low_rank::{LowRank, faces_by_lora, stored};
 use crate::random::uniform;
 use burn::module::{Module, Param};
 use burn::nn::Dropout;
@@ -50,7 +50,7 @@ impl AfLoraAdapter {
     fn lora(&self) -> LoraAdapter {
         let a = self.aflora_a.val() * self.aflora_s_d.val().unsqueeze(); // A·diag(s_d)
         let b = self.aflora_b.val() * self.aflora_s_b.val().unsqueeze(); // B·diag(s_b)
-        lora(a, b, self.scaling)
+        crate::lora::LoraAdapter::of(a, b, self.scaling)
     }
 }
 

@@ -3,7 +3,7 @@
 
 use crate::LoraAdapter;
 use crate::common::positive;
-use crate::low_rank::{LowRank, bounded, faces_by_lora, lora, stored};
+use crate::low_rank::{LowRank, bounded, faces_by_lora, stored};
 use crate::seeded::shuffled;
 use burn::module::{Module, Param};
 use burn::nn::Dropout;
@@ -61,7 +61,7 @@ impl CapaBoostAdapter {
         let k = self.mask_a.dims()[1] / self.capaboost_a.dims()[1];
         let a = self.capaboost_a.val().repeat_dim(1, k) * self.mask_a.clone();
         let b = self.capaboost_b.val().repeat_dim(0, k) * self.mask_b.clone();
-        lora(a, b, self.scaling)
+        crate::lora::LoraAdapter::of(a, b, self.scaling)
     }
 }
 

@@ -25,7 +25,7 @@ pub struct Gralora {
     /// Rank of the LoRA beside it; default 0, none.
     pub hybrid_r: usize,
     /// Scale of the difference, divided by `r + hybrid_r`; default 64.
-    #[serde(serialize_with = "crate::lora::number")]
+    #[serde(serialize_with = "crate::common::number")]
     pub alpha: f64,
     /// Probability with which an input is zeroed in training; default 0.
     pub gralora_dropout: f64,

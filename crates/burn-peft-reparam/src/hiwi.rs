@@ -2,7 +2,7 @@
 
 use crate::LoraAdapter;
 use crate::common::{finite, positive};
-use crate::low_rank::{bounded, lora, stored, taken};
+use crate::low_rank::{bounded, stored, taken};
 use crate::random::uniform;
 use burn::module::{Module, Param};
 use burn::nn::conv::{Conv1d, Conv2d};
@@ -101,7 +101,7 @@ impl HiWiAdapter {
 
     /// The LoRA that this is on a weight.
     fn lora<const D: usize>(&self, weight: Tensor<D>) -> LoraAdapter {
-        lora(self.down(as_matrix(weight)), self.hiwi_up.val(), self.scaling)
+        crate::lora::LoraAdapter::of(self.down(as_matrix(weight)), self.hiwi_up.val(), self.scaling)
     }
 
     /// `Δ(b)`, as large as `y` is along its channels.

@@ -43,12 +43,14 @@ mod seeded;
 mod shared;
 mod shira;
 mod source;
+mod sparse;
 mod superlora;
 mod tinylora;
 mod torch_random;
 mod vblora;
 mod vera;
 mod waveft;
+mod wavelets;
 
 pub use adalora::{AdaLora, AdaLoraAdapter, Triplets};
 pub use adalora_policy::{

@@ -6,7 +6,7 @@
 //! a base takes `Q` and the factors from [`loftq`].
 
 use crate::init::{Pair, truncated};
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::Tensor;
 
 /// `Q [fan_in, fan_out]` and `A, B` of rank `r` with `w ≈ Q + s·A·B`: in each of `iterations` rounds
 /// `Q` is `round_trip` (quantize, and back) of what the factors leave, and `s·A·B` the best

@@ -30,7 +30,7 @@ pub struct Loha {
     /// Rank of each product; default 8.
     pub r: usize,
     /// Scale of the difference, divided by `r`; default 8.
-    #[serde(serialize_with = "crate::lora::number")]
+    #[serde(serialize_with = "crate::common::number")]
     pub alpha: f64,
     /// Probability with which an output's difference is dropped in training; default 0.
     pub rank_dropout: f64,

@@ -5,7 +5,7 @@ use crate::dora::{Dora, unbiased};
 use crate::init::{Init, Pair, Place, bound};
 use crate::layout::{Layout, expand, kernel, shaped, take};
 use crate::random::uniform;
-use burn::module::{Module, Param};
+use burn::module::{Module, Param, ParamId};
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Dropout, DropoutConfig, Embedding, Linear};
 use burn::tensor::module::{conv1d, conv2d, embedding, linear};
@@ -121,6 +121,21 @@ fn join(trained: Tensor<2>, constant: &Option<Tensor<2>>, axis: usize) -> Tensor
 }
 
 impl LoraAdapter {
+    /// The difference `s·A·B` alone, without dropout: what a kin of LoRA is at one moment.
+    pub(crate) fn of(a: Tensor<2>, b: Tensor<2>, scaling: f64) -> Self {
+        Self {
+            // Never visited, so that the ids do not matter.
+            lora_a: Param::initialized(ParamId::from(0), a),
+            lora_b: Some(Param::initialized(ParamId::from(0), b)),
+            lora_bias: None,
+            dora: None,
+            dropout: DropoutConfig::new(0.0).init(),
+            scaling,
+            constant_a: None,
+            constant_b: None,
+        }
+    }
+
     /// `A` and `B` with their constant parts: `s·A·B` is the difference.
     fn factors(&self) -> Pair {
         let a = join(self.lora_a.val(), &self.constant_a, 1);

@@ -2,7 +2,7 @@
 
 use crate::LoraAdapter;
 use crate::common::drop;
-use crate::low_rank::{LowRank, lora, stored};
+use crate::low_rank::{LowRank, stored};
 use burn::module::{Module, Param};
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Dropout, Embedding, Linear};
@@ -41,7 +41,7 @@ pub struct LoraDropoutAdapter {
 
 impl LoraDropoutAdapter {
     fn lora(&self) -> LoraAdapter {
-        lora(self.lora_a.val(), self.lora_b.val(), self.scaling)
+        crate::lora::LoraAdapter::of(self.lora_a.val(), self.lora_b.val(), self.scaling)
     }
 
     /// The LoRA of this step.
@@ -50,7 +50,7 @@ impl LoraDropoutAdapter {
         let ones = |shape: [usize; 2]| Tensor::<2>::ones(shape, &a.device().inner());
         let rows = drop(&ones([a.dims()[0], 1]), &self.dropout, &a);
         let columns = drop(&ones([1, b.dims()[1]]), &self.dropout, &b);
-        lora(a * rows, b * columns, self.scaling)
+        crate::lora::LoraAdapter::of(a * rows, b * columns, self.scaling)
     }
 }
 

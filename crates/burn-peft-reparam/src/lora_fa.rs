@@ -1,7 +1,7 @@
 //! LoRA-FA: LoRA with a frozen random `A`; only `B` is trained (arXiv 2308.03303).
 
 use crate::LoraAdapter;
-use crate::low_rank::{LowRank, faces_by_lora, lora, stored};
+use crate::low_rank::{LowRank, faces_by_lora, stored};
 use burn::module::{Module, Param};
 use burn::nn::Dropout;
 use burn::tensor::{Device, Tensor, TensorData};
@@ -37,7 +37,7 @@ pub struct LoraFaAdapter {
 
 impl LoraFaAdapter {
     fn lora(&self) -> LoraAdapter {
-        lora(self.lorafa_a.clone(), self.lorafa_b.val(), self.scaling)
+        crate::lora::LoraAdapter::of(self.lorafa_a.clone(), self.lorafa_b.val(), self.scaling)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::LoraAdapter;
 use crate::common::probability;
-use crate::low_rank::{LowRank, faces_by_lora, lora, stored};
+use crate::low_rank::{LowRank, faces_by_lora, stored};
 use crate::seeded::shuffled;
 use burn::module::{Module, Param};
 use burn::nn::Dropout;
@@ -105,7 +105,7 @@ pub struct LoraSpAdapter {
 
 impl LoraSpAdapter {
     fn lora(&self) -> LoraAdapter {
-        lora(self.lorasp_a.whole(), self.lorasp_b.whole(), self.scaling)
+        crate::lora::LoraAdapter::of(self.lorasp_a.whole(), self.lorasp_b.whole(), self.scaling)
     }
 }
 

@@ -2,9 +2,7 @@
 //! are computed.
 
 use crate::common::{Bias, finite, positive, probability};
-use crate::lora::LoraAdapter;
 use crate::random::uniform;
-use burn::module::{Param, ParamId};
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{Error, PlaceTensors, Site, Targets, pattern_value};
@@ -189,18 +187,6 @@ pub(crate) fn check_shape(
             let tensor = format!("{}.{name}", site.path);
             Err(Error::tensor(tensor, format!("{expected:?}"), format!("{found:?}")))
         }
-    }
-}
-
-/// The LoRA that a method is at this moment: `s·A·B`.
-pub(crate) fn lora(a: Tensor<2>, b: Tensor<2>, scaling: f64) -> LoraAdapter {
-    LoraAdapter {
-        // Never visited, so that the ids do not matter.
-        lora_a: Param::initialized(ParamId::from(0), a),
-        lora_b: Param::initialized(ParamId::from(0), b),
-        lora_bias: None,
-        dropout: DropoutConfig::new(0.0).init(),
-        scaling,
     }
 }
 

@@ -1,7 +1,7 @@
 //! MoSLoRA: `W' = W + s·A·M·B`, a trained mixer between the factors (arXiv 2406.11909).
 
 use crate::LoraAdapter;
-use crate::low_rank::{LowRank, bounded, faces_by_lora, lora, stored, taken};
+use crate::low_rank::{LowRank, bounded, faces_by_lora, stored, taken};
 use crate::random::{normal, uniform};
 use burn::module::{Module, Param};
 use burn::nn::Dropout;
@@ -54,7 +54,7 @@ pub struct MosLoraAdapter {
 impl MosLoraAdapter {
     fn lora(&self) -> LoraAdapter {
         let mixed = self.moslora_a.val().matmul(self.moslora_m.val());
-        lora(mixed, self.moslora_b.val(), self.scaling)
+        crate::lora::LoraAdapter::of(mixed, self.moslora_b.val(), self.scaling)
     }
 }
 

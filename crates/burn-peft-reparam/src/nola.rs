@@ -3,7 +3,7 @@
 
 use crate::LoraAdapter;
 use crate::common::positive;
-use crate::low_rank::{LowRank, bounded, check_shape, faces_by_lora, lora, shape};
+use crate::low_rank::{LowRank, bounded, check_shape, faces_by_lora, shape};
 use crate::random::normal;
 use crate::seeded::uniform;
 use burn::module::{Module, Param};
@@ -70,7 +70,7 @@ impl NolaAdapter {
         let (a, b) = (self.bases_a.dims()[1], self.bases_b.dims()[1]);
         let a = combined(&self.nola_alpha, &self.bases_a).reshape([a / self.r, self.r]);
         let b = combined(&self.nola_beta, &self.bases_b).reshape([self.r, b / self.r]);
-        lora(a, b, self.scaling)
+        crate::lora::LoraAdapter::of(a, b, self.scaling)
     }
 }
 

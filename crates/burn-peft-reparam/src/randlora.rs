@@ -38,7 +38,7 @@ pub struct RandLora {
     /// Probability with which an input is zeroed in training; default 0.
     pub randlora_dropout: f64,
     /// Scale of the difference, divided by `r`; default 640.
-    #[serde(serialize_with = "crate::lora::number")]
+    #[serde(serialize_with = "crate::common::number")]
     pub randlora_alpha: f64,
     /// Which biases of the model are trained beside it: "none" (the default), "all" or "randlora_only".
     pub bias: Bias,
