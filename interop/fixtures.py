@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import methods
@@ -86,6 +86,9 @@ ADAPTERS = {
     "embedding-blocks": dict(r=3, target_modules=["word_embeddings", "query"], modules_to_save=["pooler.dense"]),
     "one-block": dict(r=4, target_modules=["value", "intermediate.dense"], layers_to_transform=[1],
                       layers_pattern="layer"),
+    "dora": dict(r=4, lora_alpha=6, use_dora=True, target_modules=["query", "intermediate.dense"]),
+    "dora-words": dict(r=3, lora_alpha=6, use_dora=True, target_modules=["word_embeddings", "output.dense"], use_rslora=True,
+                       bias="lora_only"),
 }
 TRAINED = ["lora_", "modules_to_save", ".bias"]
 
@@ -114,13 +117,24 @@ def adapters():
 
 
 def other_methods():
-    for name, config, base in methods.configurations():
+    for name, config, base, std in methods.configurations():
         torch.manual_seed(4)
         model = get_peft_model({"bert": tiny.bert, "llama": tiny.llama}[base](), config)
         trained = [n for n, p in model.named_parameters() if p.requires_grad and "classifier" not in n]
-        tiny.randomize(model, trained)
+        tiny.randomize(model, trained, std)
         inputs = tiny.inputs(types=True) if base == "bert" else tiny.inputs(left=True)
         write_adapter(name, model, {"logits": model(**inputs).logits}, f"../../models/{base}", "methods")
+
+
+def add_psofts_factors(model, path):
+    """HF PEFT leaves out PSOFT's frozen factors, whose signs are the SVD library's; ours are in the file."""
+    factors = {}
+    for name, module in model.named_modules():
+        if len(getattr(module, "_psoft_A_cache", {})):
+            factors[f"{name}.psoft_A"] = module._psoft_A_cache["default"].contiguous()
+            factors[f"{name}.psoft_B"] = module._psoft_B_cache["default"].contiguous()
+    if factors:
+        save_file(load_file(path) | factors, path, metadata={"format": "pt"})
 
 
 def write_adapter(name, model, tensors, base, kind="adapters"):
@@ -128,6 +142,7 @@ def write_adapter(name, model, tensors, base, kind="adapters"):
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
+    add_psofts_factors(model, folder / "adapter_model.safetensors")
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
     if isinstance(config["target_modules"], list):

@@ -1,23 +1,171 @@
 """Configurations of HF PEFT's other methods: what the golden files and the interop check go through.
 
-Each entry: name, configuration class, options for both models, options of the program that ask for the
-same. Widths are 32 and 48 (BERT), 16, 32 and 48 (Llama).
+For each method: HF's configuration class, and options by a short name; `targets` is a name in TARGETS,
+`models` the models if not both, `std` the size of the random values that stand for training. Widths are 32 and 48 (BERT), 16, 32 and 48 (Llama).
 """
 
 import peft
 
-PLACES = {"bert": ["query", "intermediate.dense"], "llama": ["k_proj", "down_proj"]}
+TARGETS = {
+    "bert": {
+        "two": ["query", "value"],
+        "wide": ["query", "intermediate.dense"],
+        "thin": ["query", "output.dense"],
+        "words": ["word_embeddings", "query"],
+        "all": "all-linear",
+    },
+    "llama": {
+        "two": ["q_proj", "k_proj"],
+        "wide": ["v_proj", "up_proj"],
+        "thin": ["o_proj", "down_proj"],
+        "words": ["embed_tokens", "k_proj"],
+        "all": "all-linear",
+    },
+}
+
+METHODS = {
+    "AdaLoraConfig": {
+        "adalora": dict(targets="two", total_step=10, init_r=6, target_r=4, lora_alpha=8, lora_dropout=0.1),
+        "adalora-wide": dict(targets="wide", total_step=10, init_r=3, target_r=2),
+    },
+    "BOFTConfig": {
+        "boft": dict(targets="thin"),
+        "boft-num": dict(targets="thin", boft_block_size=0, boft_block_num=4, bias="boft_only", boft_dropout=0.1),
+    },
+    "C3AConfig": {
+        "c3a": dict(targets="wide", block_size=16),
+        "c3a-pattern": dict(targets="all", block_size=8, block_size_pattern={"query": 32, "q_proj": 32}, init_weights=True,
+                            bias="c3a_only"),
+        "c3a-gaussian": dict(targets="thin", block_size=2, init_weights="gaussian", bias="all"),
+    },
+    "DeloraConfig": {
+        "delora": dict(targets="two", r=4),
+        "delora-patterns": dict(targets="thin", r=4, delora_lambda=6, module_dropout=0.1, bias="all",
+                                rank_pattern={"query": 2}, lambda_pattern={"query": 3}),
+        "delora-random": dict(targets="thin", r=4, init_weights=False, bias="delora_only"),
+    },
+    "FourierFTConfig": {
+        "fourierft": dict(targets="two", n_frequency=40),
+        "fourierft-thin": dict(targets="wide", n_frequency=6, scaling=80.0, random_loc_seed=-3, bias="all"),
+        "fourierft-pattern": dict(targets="all", n_frequency=100, n_frequency_pattern={"query": 1024, "q_proj": 7},
+                                  random_loc_seed=2**33 + 1, init_weights=True, bias="fourier_only"),
+    },
+    "GloraConfig": {
+        "glora": dict(targets="two", r=4),
+        "glora-vector": dict(targets="two", r=3, config_A_B="vector", config_C="vector", config_D_E="vector"),
+        "glora-constant": dict(targets="wide", r=3, config_A_B="constant", config_C="none", config_D_E="constant",
+                               init_weights=False),
+        # Layers without a bias have nothing to train then.
+        "glora-none": dict(models=["bert"], targets="thin", r=3, config_A_B="none", config_C="lora", config_D_E="vector"),
+        "glora-alone": dict(targets="thin", r=3, config_C="none", config_D_E="none", bias="glora_only"),
+    },
+    "GraloraConfig": {
+        "gralora": dict(targets="two", r=4, alpha=8, gralora_dropout=0.1),
+        "gralora-hybrid": dict(targets="all", r=8, hybrid_r=3, alpha=8, gralora_k=4, bias="gralora_only"),
+        "gralora-random": dict(targets="wide", r=6, gralora_k=2, init_weights=False, bias="all"),
+    },
+    "HiraConfig": {
+        "hira": dict(targets="two", r=4, hira_dropout=0.1),
+        "hira-words": dict(targets="words", r=3, init_weights="gaussian", rank_pattern={"query": 2}),
+        "hira-random": dict(targets="all", r=3, init_weights=False),
+    },
+    "HRAConfig": {
+        "hra": dict(targets="two", r=4),
+        "hra-odd": dict(targets="wide", r=5, bias="all"),
+        "hra-gs": dict(targets="thin", r=4, apply_GS=True, bias="hra_only"),
+        "hra-random": dict(targets="two", r=6, init_weights=False),
+    },
+    "LoHaConfig": {
+        "loha": dict(targets="two", r=4, alpha=8, rank_dropout=0.1, module_dropout=0.1),
+        "loha-factored": dict(targets="all", r=2, alpha=3, rank_pattern={"key": 3}, alpha_pattern={"value": 5}),
+        "loha-random": dict(targets="wide", r=3, init_weights=False),
+    },
+    "LoKrConfig": {
+        "lokr": dict(targets="two", r=8, alpha=4),
+        "lokr-thin": dict(targets="all", r=2, alpha=4, rank_dropout=0.1, rank_dropout_scale=True, module_dropout=0.1),
+        "lokr-both": dict(targets="thin", r=1, alpha=2, decompose_both=True, init_weights="lycoris"),
+        "lokr-factor": dict(targets="wide", r=2, alpha=2, decompose_factor=5, decompose_both=True, init_weights=False,
+                            rank_pattern={"query": 3}, alpha_pattern={"query": 5}),
+    },
+    "MissConfig": {
+        "miss": dict(targets="two", r=4, miss_dropout=0.1, bias="MiSS_only"),
+        "miss-remainder": dict(targets="thin", r=5, init_weights=False, bias="all"),
+        "miss-mini": dict(targets="wide", r=6, mini_r=8, init_weights="mini"),
+        "miss-bat": dict(targets="wide", r=8, init_weights="bat"),
+    },
+    "OFTConfig": {
+        # Five terms of a Neumann series of a large block turn noise into large numbers.
+        "oft": dict(std=0.05, targets="two"),
+        "oft-adjusted": dict(targets="thin", oft_block_size=32, bias="oft_only"),
+        "oft-exact": dict(targets="thin", oft_block_size=8, use_cayley_neumann=False, bias="all"),
+        "oft-r": dict(targets="thin", r=4, oft_block_size=0, module_dropout=0.1),
+        "oft-share": dict(targets="thin", oft_block_size=8, block_share=True, num_cayley_neumann_terms=7),
+        "oft-coft": dict(targets="two", oft_block_size=8, coft=True, eps=0.4),
+        "oft-words": dict(targets="words", oft_block_size=8, num_cayley_neumann_terms=3),
+    },
+    "PsoftConfig": {
+        "psoft": dict(targets="two", r=4),
+        "psoft-all": dict(targets="thin", r=6, psoft_alpha=8, psoft_dropout=0.1, ab_svd_init="pissa_init"),
+        "psoft-free": dict(targets="two", r=4, psoft_orth=False, psoft_mag_b=False),
+        "psoft-neumann": dict(targets="two", r=4, use_cayley_neumann=True, num_cayley_neumann_terms=6,
+                              cayley_neumann_eps=0.3, psoft_mag_a=False),
+    },
+    "PveraConfig": {
+        "pvera": dict(targets="wide", r=8, bias="pvera_only"),
+        "pvera-key": dict(targets="thin", r=5, save_projection=False, projection_prng_key=7, d_initial=0.3,
+                          pvera_dropout=0.1, generator_seed=3),
+    },
+    "RandLoraConfig": {
+        "randlora": dict(targets="wide", r=5, randlora_alpha=10, bias="randlora_only"),
+        "randlora-key": dict(targets="wide", r=4, randlora_alpha=8, save_projection=False, projection_prng_key=3,
+                             randlora_dropout=0.1),
+        "randlora-sparse": dict(targets="thin", r=4, randlora_alpha=8, sparse=True, save_projection=False),
+        "randlora-very": dict(targets="thin", r=4, randlora_alpha=8, very_sparse=True, save_projection=False),
+    },
+    "RoadConfig": {
+        "road-1": dict(targets="wide", group_size=8),
+        "road-2": dict(targets="wide", variant="road_2", group_size=16),
+        "road-4": dict(targets="wide", variant="road_4", group_size=4, init_weights=False),
+    },
+    "ShiraConfig": {
+        "shira": dict(targets="two", r=2),
+        "shira-seed": dict(targets="thin", r=5, random_seed=42, init_weights=False),
+    },
+    "TinyLoraConfig": {
+        "tinylora": dict(targets="words", r=2, u=13),
+        "tinylora-tied": dict(targets="thin", r=3, u=7, weight_tying=0.6, init_weights="uniform", init_v_bound=0.1,
+                              bias="tinylora_only"),
+        "tinylora-key": dict(targets="words", r=2, u=2, weight_tying=1.0, save_projection=False, projection_seed=5,
+                             tinylora_dropout=0.1),
+    },
+    "VBLoRAConfig": {
+        "vblora": dict(targets="wide", r=3, num_vectors=10, vector_length=16, topk=2, vblora_dropout=0.1),
+        "vblora-bias": dict(targets="thin", r=2, num_vectors=300, vector_length=8, topk=3, bias="vblora_only",
+                            init_vector_bank_bound=0.5, init_logits_std=0.3),
+        "vblora-topk": dict(targets="two", r=2, num_vectors=12, vector_length=8, topk=3, save_only_topk_weights=True),
+    },
+    "VeraConfig": {
+        "vera": dict(targets="wide", r=8, bias="vera_only"),
+        "vera-key": dict(targets="thin", r=5, save_projection=False, projection_prng_key=7, d_initial=0.3,
+                         vera_dropout=0.1),
+    },
+    "WaveFTConfig": {
+        "waveft": dict(targets="wide", n_frequency=60),
+        "waveft-sym4": dict(targets="thin", n_frequency=90, scaling=10.0, wavelet_family="sym4", random_loc_seed=5,
+                            bias="waveft_only"),
+        "waveft-direct": dict(targets="wide", n_frequency=70, use_idwt=False, init_weights=False, bias="all"),
+        "waveft-proportional": dict(targets="all", n_frequency=55, wavelet_family="coif2", proportional_parameters=True),
+    },
+}
 
 
 def configurations():
-    """(name, method, configuration of the model, model)."""
-    for name, (kind, options) in METHODS.items():
-        for model in ["bert", "llama"]:
-            own = options.get(model, {}) if any(key in options for key in PLACES) else options
-            own = {"target_modules": PLACES[model]} | own
-            task = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM"}[model]
-            yield f"{name}-{model}", getattr(peft, kind)(task_type=task, **own), model
-
-
-METHODS = {
-}
+    """(name, HF's configuration, model, size of the random values)."""
+    for kind, options in METHODS.items():
+        for name, own in options.items():
+            own = dict(own)
+            targets, std = own.pop("targets"), own.pop("std", 0.2)
+            for model in own.pop("models", ["bert", "llama"]):
+                task = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM"}[model]
+                places = TARGETS[model][targets]
+                yield f"{name}-{model}", getattr(peft, kind)(task_type=task, target_modules=places, **own), model, std

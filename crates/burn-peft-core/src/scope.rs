@@ -135,21 +135,16 @@ impl<'a> Scope<'a> {
         let (batch, width) = (dims[0], dims[D - 1]);
         let rest: usize = dims[1..D - 1].iter().product();
         let x = x.reshape([batch, rest, width]);
-        // An adapter that replaces the layer outright spares the frozen matmul, if it counts once
-        // and fully.
-        let wholes: Vec<Option<Tensor<3>>> = match laid.as_slice() {
-            [Laid { strength: Strength::Rows(_), .. }] => vec![None],
-            _ => laid.iter().map(|l| l.whole(layer, &x)).collect(),
-        };
-        let mut replaced = wholes.iter().enumerate().filter(|(_, whole)| whole.is_some());
-        let first = match (replaced.next(), replaced.next()) {
-            (Some((index, Some(whole))), None) => Some((index, whole.clone())),
+        // An adapter that replaces the layer outright spares the frozen matmul, if it lies there alone
+        // and fully: others would need the frozen output.
+        let alone = match laid.as_slice() {
+            [Laid { adapter, strength: Strength::Scale(1.0) }] => adapter.linear_whole(layer, &x),
             _ => None,
         };
-        let skip = first.as_ref().map(|(index, _)| *index);
-        let y0 = first.map_or_else(|| layer.forward(x.clone()), |(_, whole)| whole);
-        let others = laid.into_iter().enumerate().filter(|(i, _)| Some(*i) != skip).map(|(_, l)| l);
-        let y = sum(others, &x, y0, |a, x, y| a.linear(layer, x, y));
+        let y = alone.unwrap_or_else(|| {
+            let y0 = layer.forward(x.clone());
+            sum(laid, &x, y0, |a, x, y| a.linear(layer, x, y))
+        });
         let [_, _, out] = y.dims();
         dims[D - 1] = out;
         y.reshape(dims)
@@ -216,15 +211,6 @@ impl<'a> Scope<'a> {
 fn replace<const D: usize>(param: &mut Param<Tensor<D>>, value: Option<Tensor<D>>) {
     if let Some(value) = value {
         *param = Param::initialized(param.id, value);
-    }
-}
-
-impl Laid<'_> {
-    fn whole(&self, layer: &Linear, x: &Tensor<3>) -> Option<Tensor<3>> {
-        match self.strength {
-            Strength::Scale(1.0) => self.adapter.linear_whole(layer, x),
-            _ => None,
-        }
     }
 }
 

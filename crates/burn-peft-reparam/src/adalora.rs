@@ -4,6 +4,7 @@
 use crate::common::{Bias, drop, finite, number, positive, probability};
 use crate::init::Init;
 use crate::random::normal;
+use crate::source::laid_out;
 use burn::module::{Module, Param};
 use burn::nn::conv::Conv2d;
 use burn::nn::{Dropout, DropoutConfig, Linear};
@@ -357,6 +358,7 @@ impl Method for AdaLora {
         if r == 0 {
             return Ok(self.empty());
         }
-        Ok(self.adapter(a.transpose(), e.reshape([r]), b.transpose()))
+        let (a, b) = (laid_out(a.transpose(), device), laid_out(b.transpose(), device));
+        Ok(self.adapter(a, e.reshape([r]), b))
     }
 }

@@ -197,6 +197,10 @@ impl Method for C3a {
     const KINDS: &'static [Kind] = &[Kind::Linear];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[];
 
+    fn draws(&self) -> bool {
+        self.init_weights != C3aInit::Zeros(true)
+    }
+
     fn targets(&self) -> &Targets {
         &self.targets
     }

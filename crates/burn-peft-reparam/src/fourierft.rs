@@ -206,6 +206,10 @@ impl Method for FourierFt {
         true
     }
 
+    fn draws(&self) -> bool {
+        !self.init_weights
+    }
+
     fn targets(&self) -> &Targets {
         &self.targets
     }

@@ -132,10 +132,6 @@ impl Fold for GloraAdapter {
         add([scaled, shifted, None])
     }
 
-    fn brings_bias(&self) -> bool {
-        matrix(&self.e).is_some() || matrix(&self.c).is_some()
-    }
-
     fn bias(&self, b: &Tensor<1>) -> Option<Tensor<1>> {
         let b: Tensor<2> = b.clone().unsqueeze();
         let scaled = matrix(&self.d).map(|d| b.clone().cast(d.dtype()) * d);

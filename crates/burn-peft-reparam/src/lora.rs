@@ -5,6 +5,7 @@ use crate::dora::{Dora, unbiased};
 use crate::init::{Init, Pair, Place, bound};
 use crate::layout::{Layout, expand, kernel, shaped, take};
 use crate::random::uniform;
+use crate::source::laid_out;
 use burn::module::{Module, Param, ParamId};
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Dropout, DropoutConfig, Embedding, Linear};
@@ -510,7 +511,8 @@ impl Method for Lora {
             }
             false => None,
         };
-        let mut adapter = self.adapter(site, (a.transpose(), b.transpose()), start, bias)?;
+        let pair = (laid_out(a.transpose(), device), laid_out(b.transpose(), device));
+        let mut adapter = self.adapter(site, pair, start, bias)?;
         if self.use_dora
             && let Some(w) = site.matrix()
         {

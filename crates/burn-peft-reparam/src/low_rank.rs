@@ -3,6 +3,7 @@
 
 use crate::common::{Bias, finite, positive, probability};
 use crate::random::uniform;
+use crate::source::laid_out;
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{Error, PlaceTensors, Site, Targets, pattern_value};
@@ -156,8 +157,7 @@ pub(crate) fn bounded(field: &'static str, path: &str, sizes: &[usize]) -> Resul
     }
 }
 
-/// The inverse of [`stored`]: a factor of the file. Its numbers are laid out anew, because a transposed view
-/// is multiplied in another order, and a loaded adapter must give what the saved one gave, bit for bit.
+/// The inverse of [`stored`]: a factor of the file.
 pub(crate) fn taken(
     name: &str,
     [rows, columns]: [usize; 2],
@@ -165,7 +165,7 @@ pub(crate) fn taken(
     device: &Device,
 ) -> Result<Tensor<2>, Error> {
     let factor: Tensor<2> = file.take(name, [columns, rows], &device.clone().inner())?;
-    Ok(Tensor::from_data(factor.transpose().into_data(), device))
+    Ok(laid_out(factor.transpose(), device))
 }
 
 /// The place's widths `(fan_in, fan_out)`, for the file of a method whose trained numbers would fit any.

@@ -2,7 +2,8 @@
 
 use crate::common::{Bias, drop, finite, positive, probability};
 use crate::random::normal;
-use crate::shared::{Largest, corner, held, laid_out};
+use crate::shared::{Largest, corner, held};
+use crate::source::laid_out;
 use crate::torch_random::TorchRandom;
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig, Linear};
@@ -193,7 +194,7 @@ impl RandLora {
         // Each base at once, [n, max, r].
         let b = (0..n).flat_map(|_| kaiming(&mut torch, max * r, r).collect::<Vec<_>>());
         let b = tensor(divided(b.collect()), [n, max, r]);
-        Bases { a, b: laid_out(b.swap_dims(0, 1)) }
+        Bases { a, b: laid_out(b.swap_dims(0, 1), &device) }
     }
 
     /// `r`, `n` and `min` of a place.

@@ -124,9 +124,3 @@ pub(crate) fn corner<const D: usize>(tensor: &Tensor<D>, shape: [usize; D]) -> T
         false => tensor.clone().slice(shape.map(|size| 0..size)),
     }
 }
-
-/// The same numbers without gaps, so that what was read and what was made are computed with alike.
-pub(crate) fn laid_out<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
-    let device = tensor.device();
-    Tensor::from_data(tensor.into_data(), &device)
-}

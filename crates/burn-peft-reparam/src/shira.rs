@@ -113,6 +113,10 @@ impl Method for Shira {
         true
     }
 
+    fn draws(&self) -> bool {
+        !self.init_weights
+    }
+
     fn targets(&self) -> &Targets {
         &self.targets
     }

@@ -8,6 +8,12 @@ use burn::tensor::{Device, Tensor};
 use burn_peft_core::{Error, PlaceTensors};
 use rand::rngs::ChaCha8Rng;
 
+/// The same numbers on `device`, laid out without gaps: a transposed view is multiplied in another
+/// order, and what was read must give what was made, bit for bit.
+pub(crate) fn laid_out<const D: usize>(tensor: Tensor<D>, device: &Device) -> Tensor<D> {
+    Tensor::from_data(tensor.into_data(), device)
+}
+
 /// How a trained tensor begins.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Draw {

@@ -2,7 +2,7 @@
 
 use crate::common::{Bias, drop, finite, positive, probability};
 use crate::random::uniform;
-use crate::shared::laid_out;
+use crate::source::laid_out;
 use crate::torch_random::TorchRandom;
 use burn::linalg::svd;
 use burn::module::{Module, Param};
@@ -201,10 +201,11 @@ impl TinyLora {
             let values = torch.normal(self.u * r * r, 0.0, 1.0 / (r as f64).sqrt());
             Tensor::from_data(TensorData::new(values, [self.u, r, r]), &a.device())
         });
+        let device = a.device();
         Ok(TinyLoraAdapter {
             a,
             b,
-            p: laid_out(turn(site, p)),
+            p: laid_out(turn(site, p), &device),
             v: shared.v.get(group).cloned().ok_or_else(unknown)?,
             group,
             dropout: DropoutConfig::new(self.tinylora_dropout).init(),
@@ -369,7 +370,7 @@ impl Method for TinyLora {
             _ => {
                 let a = file.take("tinylora_A", [r, fan_in], &device)?.transpose();
                 let b = file.take("tinylora_B", [fan_out, r], &device)?.transpose();
-                (laid_out(a), laid_out(b))
+                (laid_out(a, &device), laid_out(b, &device))
             }
         };
         let p = match self.save_projection {

@@ -268,6 +268,10 @@ impl Method for WaveFt {
         true
     }
 
+    fn draws(&self) -> bool {
+        !self.init_weights
+    }
+
     fn targets(&self) -> &Targets {
         &self.targets
     }

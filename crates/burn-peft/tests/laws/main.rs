@@ -209,7 +209,8 @@ law!(
         save(first.path(), &config, &case.sites, &adapters).expect("is written");
         let (config, again) = load::<T>(first.path(), &case.sites, &case.device).expect("is whole");
         assert_eq!(again.places(), adapters.places(), "{}", case.name);
-        assert_eq!(case.forward(&Scope::new(&again)), case.forward(&Scope::new(&adapters)));
+        let [found, expected] = [&again, &adapters].map(|a| case.forward(&Scope::new(a)));
+        assert_eq!(found, expected, "{}", case.name);
         save(second.path(), &config, &case.sites, &again).expect("is written");
         for name in ["adapter_config.json", "adapter_model.safetensors"] {
             let [a, b] = [&first, &second].map(|f| std::fs::read(f.path().join(name)).expect("is there"));
@@ -352,9 +353,18 @@ law!(
             site.weight = burn_peft::core::Value::D2(wide.weight.val());
             site.bias = wide.bias.as_ref().map(|b| b.val());
         }
-        let refused = load::<T>(folder.path(), &other, &case.device).expect_err("does not fit");
-        let said = refused.to_string();
-        assert!(said.contains("query") && said.contains("expected"), "{}: {said}", case.name);
+        // A spectrum says nothing of the size of its place.
+        let shapes = |sites: &Sites| -> Vec<_> {
+            let adapters = adapt(sites, &case.method, 1, &case.device);
+            let site = sites.get("query").expect("is there");
+            let tensors = adapters.ok().map(|a| case.method.tensors(site, a.get("query").expect("is there")));
+            tensors.into_iter().flatten().map(|(_, data)| data.shape().to_vec()).collect()
+        };
+        if shapes(&other) != shapes(&case.sites) {
+            let refused = load::<T>(folder.path(), &other, &case.device).expect_err("does not fit");
+            let said = refused.to_string();
+            assert!(said.contains("query") && said.contains("expected"), "{}: {said}", case.name);
+        }
         other.all.retain(|site| site.path != "query");
         assert!(load::<T>(folder.path(), &other, &case.device).is_err(), "{}", case.name);
     }
