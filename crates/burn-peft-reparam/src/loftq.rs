@@ -88,6 +88,7 @@ pub fn integers(w: Tensor<2>, bits: u32) -> Tensor<2> {
 mod tests {
     use super::*;
     use burn::tensor::Device;
+    use burn::tensor::TensorData;
 
     fn weight() -> Tensor<2> {
         let values: Vec<f32> =

@@ -30,7 +30,7 @@ fn refused(desk: &Desk, output: &Output, line: &str, says: &str) {
 fn options_that_cannot_work() {
     let desk = classify();
     for (more, says) in [
-        ("--r 0", "r: expected a rank of 1 or more, found 0"),
+        ("--r 0", "r: expected 1 or more, found 0"),
         ("--r 1000000000000000000", "2^31"),
         ("--target-modules quary", "near names: "),
         ("--target-modules (", "is not a regular expression"),
