@@ -3,6 +3,9 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{Error, Kind, PlaceTensors, Site};
 
+/// Name of DoRA's tensor.
+pub(crate) const MAGNITUDE: &str = "lora_magnitude_vector";
+
 /// Names and shapes of a place's tensors in the file.
 pub(crate) struct Layout {
     pub(crate) a: &'static str,
@@ -49,6 +52,12 @@ pub(crate) fn take(
         [a, b, c, d] => file.take(name, [a, b, c, d], device)?.reshape(matrix),
         _ => file.take(name, matrix, device)?,
     })
+}
+
+/// The transposed matrix, in memory as one that was made so: both round alike.
+pub(crate) fn transposed(matrix: Tensor<2>) -> Tensor<2> {
+    let device = matrix.device();
+    Tensor::from_data(matrix.transpose().into_data(), &device)
 }
 
 /// A convolution's kernels out of `A [fan_in, r]`: `[r, in, ..kernel]`.
