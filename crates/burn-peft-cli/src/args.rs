@@ -186,7 +186,7 @@ pub(crate) struct TrainArgs {
     /// Scale by the square root of the rank
     #[arg(long, num_args = 0..=1, default_missing_value = "true", help_heading = "Method")]
     pub(crate) use_rslora: Option<bool>,
-    /// true, false or gaussian
+    /// true, false, gaussian, orthogonal, pissa, pissa_niter_N, olora or mica
     #[arg(long, help_heading = "Method")]
     pub(crate) init_lora_weights: Option<String>,
 

@@ -71,6 +71,11 @@ pub(crate) fn number<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok,
     }
 }
 
+/// `value` to 15 digits, which every reader of JSON reads as the same number.
+pub(crate) fn fifteen_digits(value: f64) -> f64 {
+    format!("{value:.14e}").parse().unwrap_or(value)
+}
+
 /// Refuses 0.
 pub(crate) fn positive(field: &'static str, value: usize) -> Result<(), Error> {
     match value {

@@ -3,6 +3,9 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{Error, Kind, PlaceTensors, Site};
 
+/// Name of DoRA's tensor.
+pub(crate) const MAGNITUDE: &str = "lora_magnitude_vector";
+
 /// Names and shapes of a place's tensors in the file.
 pub(crate) struct Layout {
     pub(crate) a: &'static str,

@@ -1,9 +1,9 @@
 //! LoRA: `W' = W + s·A·B` with two thin trained factors (arXiv 2106.09685).
 
-use crate::common::{drop, drops, finite, number, positive, probability};
+use crate::common::{drop, drops, fifteen_digits, finite, number, positive, probability};
 use crate::dora::{Dora, unbiased};
 use crate::init::{Init, Pair, Place, bound};
-use crate::layout::{Layout, expand, kernel, shaped, take};
+use crate::layout::{Layout, MAGNITUDE, expand, kernel, shaped, take};
 use crate::random::uniform;
 use crate::source::laid_out;
 use burn::module::{Module, Param, ParamId};
@@ -394,13 +394,14 @@ impl Method for Lora {
             return self.clone();
         }
         // Twice the rank at the same scale.
-        let factor = if self.use_rslora { std::f64::consts::SQRT_2 } else { 2.0 };
+        let more = if self.use_rslora { std::f64::consts::SQRT_2 } else { 2.0 };
+        let more = |alpha: &mut f64| *alpha = fifteen_digits(*alpha * more);
         let mut portable = self.clone();
         portable.init_lora_weights = Init::Default;
         portable.r = self.r.saturating_mul(2);
-        portable.lora_alpha *= factor;
         portable.rank_pattern.values_mut().for_each(|r| *r = r.saturating_mul(2));
-        portable.alpha_pattern.values_mut().for_each(|alpha| *alpha *= factor);
+        more(&mut portable.lora_alpha);
+        portable.alpha_pattern.values_mut().for_each(more);
         portable
     }
 
@@ -435,6 +436,11 @@ impl Method for Lora {
     fn samples(targets: &Targets) -> Vec<Self> {
         let plain = Self::new(4, 8.0, targets.clone());
         let saving = Targets { modules_to_save: Some(vec!["head".into()]), ..targets.clone() };
+        let patterned = |method| Self {
+            rank_pattern: IndexMap::from([("query".into(), 2)]),
+            alpha_pattern: IndexMap::from([("query".into(), 6.0)]),
+            ..method
+        };
         vec![
             Self { use_rslora: true, bias: LoraBias::LoraOnly, ..plain.clone() },
             Self { lora_dropout: 0.2, bias: LoraBias::All, ..plain.clone() },
@@ -445,19 +451,9 @@ impl Method for Lora {
             Self { use_dora: true, init_lora_weights: "pissa_niter_4".into(), ..plain.clone() },
             Self { init_lora_weights: Init::Orthogonal, ..plain.clone() },
             Self { init_lora_weights: "pissa".into(), ..plain.clone() },
-            Self {
-                init_lora_weights: Init::Olora,
-                use_rslora: true,
-                rank_pattern: IndexMap::from([("query".into(), 2)]),
-                alpha_pattern: IndexMap::from([("query".into(), 6.0)]),
-                ..plain.clone()
-            },
+            patterned(Self { init_lora_weights: Init::Olora, use_rslora: true, ..plain.clone() }),
             Self { init_lora_weights: Init::Mica, ..plain.clone() },
-            Self {
-                rank_pattern: IndexMap::from([("query".into(), 2)]),
-                alpha_pattern: IndexMap::from([("query".into(), 6.0)]),
-                ..plain.clone()
-            },
+            patterned(plain.clone()),
             plain,
         ]
     }
@@ -480,8 +476,7 @@ impl Method for Lora {
             tensors.push(("lora_B.bias", bias.val().into_data()));
         }
         if let Some(dora) = &adapter.dora {
-            let m = shaped(dora.magnitude.val(), layout.shape_m);
-            tensors.push(("lora_magnitude_vector", m));
+            tensors.push((MAGNITUDE, shaped(dora.magnitude.val(), layout.shape_m)));
         }
         tensors
     }
@@ -517,7 +512,7 @@ impl Method for Lora {
             && let Some(w) = site.matrix()
         {
             let shape = [1, site.fan_out()];
-            let m = take(file, "lora_magnitude_vector", &layout.shape_m, shape, device)?;
+            let m = take(file, MAGNITUDE, &layout.shape_m, shape, device)?;
             adapter.dora = Some(Dora::restored(&w, m.flatten(0, 1)));
         }
         Ok(adapter)

@@ -443,6 +443,55 @@ fn every_backend_of_the_build_trains_and_answers_alike() {
     }
 }
 
+/// Sizes that fit the fixture's layers of 32, where the defaults do not.
+fn fitting(method: &str) -> &'static str {
+    match method {
+        "ADALORA" => "--method-option total_step=12",
+        "C3A" => "--method-option block_size=16",
+        "FOURIERFT" => "--method-option n_frequency=60",
+        "MISS" => "--method-option r=8",
+        "NOLA" => "--method-option ka=16 --method-option kb=16",
+        "RANDLORA" => "--method-option r=4 --method-option randlora_alpha=8",
+        "ROAD" => "--method-option group_size=16",
+        "SAID" => "--method-option intrinsic_dimension=64",
+        "SUPERLORA" => "--method-option r=2",
+        "VBLORA" => "--method-option vector_length=16 --method-option num_vectors=8",
+        "WAVEFT" => "--method-option n_frequency=60",
+        _ => "",
+    }
+}
+
+#[test]
+fn every_method_trains_and_is_merged() {
+    let desk = classify();
+    let line = CLASSIFY.replace("--r 4", "");
+    let unknown = desk.run(&format!("{line} --method nonsense --output-dir /out"));
+    let said = String::from_utf8_lossy(&unknown.stderr).into_owned();
+    let (_, names) = said.split_once("expected one of ").expect("lists the methods");
+    let names: Vec<&str> = names.trim().split(", ").collect();
+    assert!(names.len() >= 35, "{names:?}");
+    for name in names {
+        let more = fitting(name);
+        desk.good(&format!(
+            "{line} --method {name} {more} --max-steps 12 --test-file /test.tsv --output-dir /{name}"
+        ));
+        let summary = desk.json(&format!("{name}/summary.json"));
+        let loss = |when: &str| summary[when]["loss"].as_f64().expect("was measured");
+        assert!(loss("after") < loss("before"), "{name}: {summary}");
+        desk.good(&format!(
+            "merge --model @models/bert --adapter /{name} --output-dir /{name}-merged"
+        ));
+        let forward = "forward --inputs @models/bert/golden.safetensors";
+        desk.good(&format!(
+            "{forward} --model @models/bert --adapter /{name} --output /a.safetensors"
+        ));
+        desk.good(&format!("{forward} --model /{name}-merged --output /b.safetensors"));
+        let [a, b] = ["a", "b"].map(|n| logits(&desk, &format!("{n}.safetensors")));
+        let far = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(far < 1e-4, "{name} merged differs by {far}");
+    }
+}
+
 #[test]
 fn early_stopping_keeps_the_best() {
     let desk = classify();
