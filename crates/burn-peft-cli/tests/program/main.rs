@@ -454,6 +454,7 @@ fn fitting(method: &str) -> &'static str {
         "RANDLORA" => "--method-option r=4 --method-option randlora_alpha=8",
         "ROAD" => "--method-option group_size=16",
         "SAID" => "--method-option intrinsic_dimension=64",
+        "SHIRA" => "--method-option r=2",
         "SUPERLORA" => "--method-option r=2",
         "VBLORA" => "--method-option vector_length=16 --method-option num_vectors=8",
         "WAVEFT" => "--method-option n_frequency=60",
