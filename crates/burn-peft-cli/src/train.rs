@@ -7,7 +7,7 @@ use crate::model::{Task, causal_length, own_labels};
 use crate::options::{configure, fingerprint, merged, need, part, text_unit};
 use burn::module::Module;
 use burn::tensor::Device;
-use burn_peft::core::{AdapterConfig, Method, Scope, Sites, Summary, adapt, save_with};
+use burn_peft::core::{AdapterConfig, Guide, Method, Scope, Sites, Summary, adapt, save_with};
 use burn_peft::models::{
     BertConfig, BertForSequenceClassification, LlamaForCausalLM, Loaded, Precision, Pretrained,
 };
@@ -333,6 +333,7 @@ impl<B: Objective + Pretrained> Job for TrainJob<'_, B> {
         let (setup, prepared) = (self.setup, self.prepared);
         let (device, out) = (&setup.device, &setup.out);
         let method: T = configure(&setup.args, &setup.fields, &prepared.saved)?;
+        let method = method.planned(prepared.train.steps());
         let base = Arc::new(prepared.loaded.model);
         let sites = Sites::of(&*base, Some(B::OUTPUT));
         let adapters = adapt(&sites, &method, setup.options.seed, &device.clone().autodiff())?;
@@ -381,7 +382,8 @@ impl<B: Objective + Pretrained> Job for TrainJob<'_, B> {
             resume: setup.args.resume,
             stop,
         };
-        let fitted = run.fit(adapters, (Console::new(), (metrics_file, kept.clone())))?;
+        let guide = Guide::of(&method, &adapters)?;
+        let fitted = run.fit(adapters, guide, (Console::new(), (metrics_file, kept.clone())))?;
         let events = kept.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let title = format!("{} on {}", T::NAME, setup.model.display());
         burn_peft::train::plot::draw(&out.join("training.svg"), &title, &events)?;
@@ -410,7 +412,7 @@ impl<B: Objective + Pretrained> Job for TrainJob<'_, B> {
             "padding": 1.0 - tokens as f64 / padded.max(1) as f64,
         });
         beside.push((SUMMARY, json_bytes(SUMMARY, &summary_json)?));
-        let mut config = AdapterConfig::new(method);
+        let mut config = AdapterConfig::new(method.finished(&fitted.adapters));
         config.task_type = Some(setup.task.task_type().into());
         config.base_model_name_or_path = Some(setup.model.display().to_string());
         save_with(out, &config, &sites, &fitted.adapters, &beside)?;

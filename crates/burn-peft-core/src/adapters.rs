@@ -150,8 +150,13 @@ impl<A: Module + ModuleDisplay> Adapters<A> {
 
     /// The same adapters with each adapter put through `map`: how a method changes its own between
     /// steps (a rank masked, a stage merged).
-    pub fn map_layers(mut self, map: impl FnMut(A) -> A) -> Self {
-        self.parts.layers = self.parts.layers.into_iter().map(map).collect();
+    pub fn map_layers(mut self, mut map: impl FnMut(&str, A) -> A) -> Self {
+        let mut paths = vec![""; self.parts.layers.len()];
+        for (path, &at) in &self.index.layers {
+            paths[at] = path;
+        }
+        let layers = self.parts.layers.into_iter().zip(paths);
+        self.parts.layers = layers.map(|(adapter, path)| map(path, adapter)).collect();
         self
     }
 

@@ -1,8 +1,8 @@
 //! What was asked for: plain data in HF PEFT's words, which checks itself and builds adapters.
 
-use crate::{Adapter, Error, Fold, Kind, PlaceTensors, Site, Targets};
+use crate::{Adapter, Adapters, Error, Fold, Kind, PlaceTensors, Policy, Site, Targets};
 use burn::module::{Module, ModuleDisplay};
-use burn::tensor::{Device, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
 use serde::Serialize;
@@ -119,6 +119,42 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
         rng: &mut ChaCha8Rng,
         device: &Device,
     ) -> Result<Self::Adapter, Error>;
+
+    /// Told how many optimizer steps the training will have, where a schedule needs that.
+    fn planned(self, steps: usize) -> Self {
+        let _ = steps;
+        self
+    }
+
+    /// Whether [`Method::penalty`] adds anything.
+    fn has_penalty(&self) -> bool {
+        false
+    }
+
+    /// A term of the loss that depends on the adapters alone, `[1]`.
+    fn penalty(&self, adapters: &Adapters<Self::Adapter>) -> Option<Tensor<1>> {
+        let _ = adapters;
+        None
+    }
+
+    /// What the method does between the steps of a training of `adapters`.
+    ///
+    /// # Errors
+    /// A configuration that it cannot work with.
+    fn policy(
+        &self,
+        adapters: &Adapters<Self::Adapter>,
+    ) -> Result<Option<Box<dyn Policy<Self::Adapter>>>, Error> {
+        let _ = adapters;
+        Ok(None)
+    }
+
+    /// The configuration that belongs to adapters whose training has ended: what the training
+    /// decided, the adapters being the same function under it.
+    fn finished(self, adapters: &Adapters<Self::Adapter>) -> Self {
+        let _ = adapters;
+        self
+    }
 
     /// The adapter's face on parameters, where the method has one: what merging needs when the
     /// method is only known at run time.

@@ -1,6 +1,7 @@
 //! AdaLoRA: LoRA in the form of a singular value decomposition, whose rank is shared out between the
 //! places while it trains (arXiv 2303.10512).
 
+use crate::adalora_policy::{RankPolicy, orthogonality};
 use crate::common::{Bias, drop, finite, number, positive, probability};
 use crate::init::Init;
 use crate::random::normal;
@@ -11,7 +12,9 @@ use burn::nn::{Dropout, DropoutConfig, Linear};
 use burn::tensor::module::{conv2d, linear};
 use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_peft_core::{Adapter, Biases, Error, Fold, Kind, Method, PlaceTensors, Site, Targets};
+use burn_peft_core::{
+    Adapter, Adapters, Biases, Error, Fold, Kind, Method, PlaceTensors, Policy, Site, Targets,
+};
 use indexmap::IndexMap;
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -315,6 +318,40 @@ impl Method for AdaLora {
 
     fn parameters(&self, site: &Site) -> usize {
         self.rank(site).unwrap_or(self.init_r) * (site.fan_in() + site.fan_out() + 1)
+    }
+
+    fn planned(self, steps: usize) -> Self {
+        Self { total_step: self.total_step.or(Some(steps)), ..self }
+    }
+
+    fn has_penalty(&self) -> bool {
+        self.orth_reg_weight > 0.0
+    }
+
+    fn penalty(&self, adapters: &Adapters<AdaLoraAdapter>) -> Option<Tensor<1>> {
+        let all = adapters.iter().map(|(_, adapter)| adapter);
+        Some(orthogonality(all)? * self.orth_reg_weight)
+    }
+
+    fn policy(
+        &self,
+        adapters: &Adapters<AdaLoraAdapter>,
+    ) -> Result<Option<Box<dyn Policy<AdaLoraAdapter>>>, Error> {
+        Ok(Some(Box::new(RankPolicy::new(self, adapters.iter())?)))
+    }
+
+    /// Triplets without effect are left out of the file.
+    fn finished(self, adapters: &Adapters<AdaLoraAdapter>) -> Self {
+        if self.rank_pattern.is_some() {
+            return self;
+        }
+        let kept = |adapter: &AdaLoraAdapter| -> Vec<bool> {
+            let e = adapter.triplets.as_ref().map(|t| t.lora_e.val().into_data().convert::<f32>());
+            let e: Vec<f32> = e.and_then(|e| e.try_to_vec().ok()).unwrap_or_default();
+            e.iter().map(|e| *e != 0.0).collect()
+        };
+        let pattern = adapters.iter().map(|(path, a)| (format!("{path}.lora_E"), kept(a)));
+        Self { rank_pattern: Some(pattern.collect()), ..self }
     }
 
     fn tensors(&self, site: &Site, adapter: &AdaLoraAdapter) -> Vec<(&'static str, TensorData)> {

@@ -3,10 +3,12 @@
 
 use crate::adalora::{AdaLora, AdaLoraAdapter, Triplets};
 use burn::module::Param;
+use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_peft_core::Error;
+use burn_peft_core::{Adapters, Error, Policy};
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
+use serde_json::Value as Json;
 use std::collections::BTreeMap;
 
 /// How many triplets the whole model may have at each step: all for `tinit` steps, then fewer along a
@@ -146,7 +148,7 @@ pub fn orthogonality<'a>(
 
 /// What AdaLoRA knows between steps.
 ///
-/// At each step, counted from 1, after the optimizer's: [`observe`](Self::observe) every place while
+/// At each step, counted from 1, after the optimizer's: [`learn`](Self::learn) of every place while it
 /// [`observes`](Self::observes), then [`allocate`](Self::allocate) and lay the masks that it gives over
 /// the adapters with [`masked`].
 #[derive(Debug, Clone)]
@@ -156,6 +158,8 @@ pub struct RankPolicy {
     beta2: f64,
     importance: BTreeMap<String, Importance>,
     kept: BTreeMap<String, Vec<bool>>,
+    /// Of the step at hand.
+    gradients: BTreeMap<String, (Tensor<2>, Tensor<1>, Tensor<2>)>,
 }
 
 /// A [`RankPolicy`] at rest, for a checkpoint.
@@ -191,7 +195,7 @@ impl RankPolicy {
         };
         let (beta1, beta2) = (method.beta1, method.beta2);
         let (importance, kept) = (BTreeMap::new(), BTreeMap::new());
-        Ok(Self { budget, beta1, beta2, importance, kept })
+        Ok(Self { budget, beta1, beta2, importance, kept, gradients: BTreeMap::new() })
     }
 
     /// The schedule.
@@ -205,7 +209,7 @@ impl RankPolicy {
     }
 
     /// Learns from the gradients `(∂A, ∂E, ∂B)` of one place.
-    pub fn observe(
+    pub fn learn(
         &mut self,
         path: &str,
         triplets: &Triplets,
@@ -245,7 +249,7 @@ impl RankPolicy {
     }
 
     /// What a checkpoint holds.
-    pub fn state(&self) -> RankPolicyState {
+    pub fn at_rest(&self) -> RankPolicyState {
         let state = |i: &Importance| [i.a.state(), i.e.state(), i.b.state()];
         let importance = self.importance.iter().map(|(path, i)| (path.clone(), state(i)));
         RankPolicyState { importance: importance.collect(), kept: self.kept.clone() }
@@ -255,7 +259,7 @@ impl RankPolicy {
     ///
     /// # Errors
     /// A state whose tensors are of other ranks.
-    pub fn resume(&mut self, state: RankPolicyState, device: &Device) -> Result<(), Error> {
+    pub fn continue_from(&mut self, state: RankPolicyState, device: &Device) -> Result<(), Error> {
         let mut importance = BTreeMap::new();
         for (path, [a, e, b]) in state.importance {
             let (a, e, b) = (
@@ -270,6 +274,60 @@ impl RankPolicy {
         }
         (self.importance, self.kept) = (importance, state.kept);
         Ok(())
+    }
+}
+
+impl Policy<AdaLoraAdapter> for RankPolicy {
+    fn observe(
+        &mut self,
+        step: usize,
+        adapters: &Adapters<AdaLoraAdapter>,
+        gradients: &GradientsParams,
+    ) {
+        self.gradients.clear();
+        if !self.observes(step) {
+            return;
+        }
+        for (path, adapter) in adapters.iter() {
+            let Some(Triplets { lora_a, lora_e, lora_b }) = &adapter.triplets else { continue };
+            let found = (
+                gradients.get::<2>(lora_a.id),
+                gradients.get::<1>(lora_e.id),
+                gradients.get::<2>(lora_b.id),
+            );
+            if let (Some(a), Some(e), Some(b)) = found {
+                self.gradients.insert(path.to_owned(), (a, e, b));
+            }
+        }
+    }
+
+    /// As in HF PEFT, the gradients count with what the optimizer made of the triplets.
+    fn adjust(
+        &mut self,
+        step: usize,
+        adapters: &Adapters<AdaLoraAdapter>,
+    ) -> Result<Option<Adapters<AdaLoraAdapter>>, Error> {
+        for (path, (a, e, b)) in std::mem::take(&mut self.gradients) {
+            if let Some(triplets) = adapters.get(&path).and_then(|a| a.triplets.as_ref()) {
+                self.learn(&path, triplets, (&a, &e, &b));
+            }
+        }
+        let Some(kept) = self.allocate(step) else { return Ok(None) };
+        let kept = kept.clone();
+        Ok(Some(adapters.clone().map_layers(|path, adapter| match kept.get(path) {
+            Some(kept) => masked(adapter, kept),
+            None => adapter,
+        })))
+    }
+
+    fn state(&self) -> Result<Json, Error> {
+        serde_json::to_value(self.at_rest()).map_err(|e| Error::config("policy", e.to_string()))
+    }
+
+    fn resume(&mut self, state: Json, device: &Device) -> Result<(), Error> {
+        let state = serde_json::from_value(state)
+            .map_err(|e| Error::config("policy", format!("is not AdaLoRA's state: {e}")))?;
+        self.continue_from(state, device)
     }
 }
 
@@ -355,7 +413,7 @@ mod tests {
                         &filled([3], 3 * i + 3, step),
                         &filled([3, *fan_out], 3 * i + 2, step),
                     );
-                    policy.observe(path, triplets, gradients);
+                    policy.learn(path, triplets, gradients);
                 }
             }
             assert_eq!(policy.budget().at(step).0, budgets[step - 1], "step {step}");
@@ -371,8 +429,8 @@ mod tests {
                 }
             }
             // A run that is cut off here goes on the same.
-            let state = policy.state();
-            policy.resume(state, &Device::flex()).expect("is its own");
+            let state = policy.at_rest();
+            policy.continue_from(state, &Device::flex()).expect("is its own");
             if let Some(masks) = policy.allocate(step).cloned() {
                 places = places
                     .into_iter()

@@ -17,7 +17,7 @@ use burn::train::{
     SupervisedTrainingEventProcessor, TrainLoader, TrainingComponents, TrainingStrategy,
     ValidLoader,
 };
-use burn_peft_core::{Adapter, Adapters};
+use burn_peft_core::{Adapter, Adapters, Guide, Policy};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -65,12 +65,17 @@ pub struct Fitted<A: Module + ModuleDisplay> {
 }
 
 impl<B: Objective> Run<B> {
-    /// Trains `adapters` and returns the best.
+    /// Trains `adapters`, guided by their method, and returns the best.
     ///
     /// # Errors
     /// Options that cannot work, a loss that is no number, a checkpoint that cannot be read or
     /// written, or one of another run.
-    pub fn fit<A, O>(self, adapters: Adapters<A>, observer: O) -> Result<Fitted<A>, TrainError>
+    pub fn fit<A, O>(
+        self,
+        adapters: Adapters<A>,
+        mut guide: Guide<A>,
+        observer: O,
+    ) -> Result<Fitted<A>, TrainError>
     where
         A: Module + ModuleDisplay + Adapter + Sync + 'static,
         O: Observer + 'static,
@@ -94,7 +99,10 @@ impl<B: Objective> Run<B> {
             max_grad_norm: self.options.max_grad_norm,
             seed: self.options.seed,
         };
-        let model = Tuned::new(self.base.clone(), adapters, settings);
+        if let (Some(policy), Some(state)) = (&mut guide.policy, &state.policy) {
+            policy.resume(state.clone(), &self.device)?;
+        }
+        let model = Tuned::new(self.base.clone(), adapters, settings).guided(&guide);
         let optimizer = adamw(&model, &self.options, self.faster);
         let schedule = Warmup::new(&self.options, self.train.steps());
         let scheduler = ModuleLrScheduler::new(schedule);
@@ -104,6 +112,7 @@ impl<B: Objective> Run<B> {
         let shared = Arc::new(Mutex::new(Shared {
             outcome: None,
             observer: Box::new(observer) as Box<dyn Observer>,
+            policy: guide.policy,
         }));
         let resumed = state.step;
         let strategy = Loop {
@@ -172,12 +181,13 @@ impl<B: Objective> Run<B> {
 
 type Outcome = Result<(State, (usize, usize), bool), TrainError>;
 
-struct Shared {
+struct Shared<A: Module + ModuleDisplay> {
     outcome: Option<Outcome>,
     observer: Box<dyn Observer>,
+    policy: Option<Box<dyn Policy<A>>>,
 }
 
-struct Loop {
+struct Loop<A: Module + ModuleDisplay> {
     options: Options,
     /// In the run, and in an epoch.
     steps: (usize, usize),
@@ -185,19 +195,20 @@ struct Loop {
     checkpoint: Option<Checkpoint>,
     actions: Actions,
     stop: Arc<AtomicBool>,
-    shared: Arc<Mutex<Shared>>,
+    shared: Arc<Mutex<Shared<A>>>,
 }
 
 /// What the loop carries from step to step.
-struct Progress<M> {
+struct Progress<M, A: Module + ModuleDisplay> {
     state: State,
+    policy: Option<Box<dyn Policy<A>>>,
     best: Option<M>,
     window_began: Instant,
     began: Instant,
     tokens: (usize, usize),
 }
 
-impl<B, A> SupervisedLearningStrategy<Tuned<B, A>> for Loop
+impl<B, A> SupervisedLearningStrategy<Tuned<B, A>> for Loop<A>
 where
     B: Objective,
     A: Module + ModuleDisplay + Adapter + Sync + 'static,
@@ -211,13 +222,14 @@ where
         _starting_epoch: usize,
     ) -> (Tuned<B, A>, SupervisedTrainingEventProcessor<Tuned<B, A>>) {
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
-        let Shared { outcome, observer } = &mut *shared;
+        let Shared { outcome, observer, policy } = &mut *shared;
         let mut progress = Progress {
             state: self.start.clone(),
             best: None,
             window_began: Instant::now(),
             began: Instant::now(),
             tokens: (0, 0),
+            policy: policy.take(),
         };
         let ended =
             self.train(&mut parts, &mut learner, &train, &valid, &mut progress, observer.as_mut());
@@ -228,19 +240,18 @@ where
     }
 }
 
-impl Loop {
-    fn train<B, A>(
+impl<A: Module + ModuleDisplay + Adapter + Sync + 'static> Loop<A> {
+    fn train<B>(
         &self,
         parts: &mut TrainingComponents<Tuned<B, A>>,
         learner: &mut Learner<Tuned<B, A>>,
         train: &TrainLoader<Tuned<B, A>>,
         valid: &ValidLoader<Tuned<B, A>>,
-        at: &mut Progress<Tuned<B, A>>,
+        at: &mut Progress<Tuned<B, A>, A>,
         observer: &mut dyn Observer,
     ) -> Result<bool, TrainError>
     where
         B: Objective,
-        A: Module + ModuleDisplay + Adapter + Sync + 'static,
     {
         let (total, per_epoch) = self.steps;
         observer.start(at.state.step, total);
@@ -262,7 +273,18 @@ impl Loop {
             };
             finite("the loss", report.loss)?;
             finite("the gradients' norm", report.grad_norm)?;
+            if let Some(policy) = &mut at.policy {
+                policy.observe(index + 1, &learner.model().adapters, &output.grads);
+            }
             learner.optimizer_step(output.grads);
+            if let Some(policy) = &mut at.policy
+                && let Some(adapters) = policy.adjust(index + 1, &learner.model().adapters)?
+            {
+                // By a record, which keeps the parameters' ids and with them the optimizer's state.
+                let mut model = learner.model();
+                model.adapters = adapters;
+                learner.load_model(model.into_record());
+            }
             at.state.step = index + 1;
             at.state.window = at.state.window.and(report);
             at.tokens.0 += report.tokens;
@@ -308,17 +330,16 @@ impl Loop {
         Ok(false)
     }
 
-    fn evaluate<B, A>(
+    fn evaluate<B>(
         &self,
         learner: &Learner<Tuned<B, A>>,
         valid: &ValidLoader<Tuned<B, A>>,
-        at: &mut Progress<Tuned<B, A>>,
+        at: &mut Progress<Tuned<B, A>, A>,
         epoch: f64,
         observer: &mut dyn Observer,
     ) -> Result<f64, TrainError>
     where
         B: Objective,
-        A: Module + ModuleDisplay + Adapter + Sync + 'static,
     {
         let model = learner.model().valid();
         let batches = valid.iter().flatten();
@@ -348,15 +369,14 @@ impl Loop {
         Ok(loss)
     }
 
-    fn save<B, A>(
+    fn save<B>(
         &self,
         parts: &mut TrainingComponents<Tuned<B, A>>,
         learner: &Learner<Tuned<B, A>>,
-        at: &Progress<Tuned<B, A>>,
+        at: &Progress<Tuned<B, A>, A>,
     ) -> Result<(), TrainError>
     where
         B: Objective,
-        A: Module + ModuleDisplay + Adapter + Sync + 'static,
     {
         let (Some(files), Some(checkpointer)) = (&self.checkpoint, &mut parts.checkpointer) else {
             return Ok(());
@@ -375,7 +395,8 @@ impl Loop {
             return Err(TrainError::checkpoint(crate::CHECKPOINT_FOLDER, error.to_string()));
         }
         let seconds = at.state.seconds + at.began.elapsed().as_secs_f64();
-        files.write_state(&State { seconds, ..at.state.clone() })?;
+        let policy = at.policy.as_ref().map(|policy| policy.state()).transpose()?;
+        files.write_state(&State { seconds, policy, ..at.state.clone() })?;
         // Not before: the state that was in force named an older best.
         files.forget_best_but(at.state.best.map(|(step, _)| step));
         if let Some(before) = before.filter(|before| *before != step) {
@@ -399,7 +420,11 @@ fn size<M: Module>(module: &M) -> f64 {
     sum.0
 }
 
-fn train_event<M>(at: &Progress<M>, epoch: f64, learning_rate: f64) -> Event {
+fn train_event<M, A: Module + ModuleDisplay>(
+    at: &Progress<M, A>,
+    epoch: f64,
+    learning_rate: f64,
+) -> Event {
     let seconds = at.window_began.elapsed().as_secs_f64().max(1e-9);
     let padded = at.state.window.padded.max(1) as f64;
     Event::Train {

@@ -5,8 +5,9 @@ use burn::module::{Module, ModuleDisplay};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Device, ExecutionError, Int, Tensor};
 use burn::train::{InferenceStep, ItemLazy, TrainOutput, TrainStep};
-use burn_peft_core::{Adapter, Adapters, Scope};
+use burn_peft_core::{Adapter, Adapters, Guide, Scope};
 use serde::{Deserialize, Serialize};
+use std::any::Any;
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -113,12 +114,37 @@ pub struct Tuned<B: Objective, A: Module + ModuleDisplay> {
     pub adapters: Adapters<A>,
     #[module(skip)]
     settings: StepSettings,
+    #[module(skip)]
+    penalty: Penalty,
+}
+
+/// What the method adds to the loss of the adapters, whose type Burn's derive wants nowhere but in a
+/// module.
+#[derive(Clone)]
+struct Penalty(Option<Arc<dyn Fn(&dyn Any) -> Option<Tensor<1>> + Send + Sync>>);
+
+impl Debug for Penalty {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Penalty").field(&self.0.is_some()).finish()
+    }
 }
 
 impl<B: Objective, A: Module + ModuleDisplay + Adapter> Tuned<B, A> {
     /// Lays `adapters` over `base`.
     pub fn new(base: Arc<B>, adapters: Adapters<A>, settings: StepSettings) -> Self {
-        Self { base, adapters, settings }
+        Self { base, adapters, settings, penalty: Penalty(None) }
+    }
+
+    /// With what the method adds to the loss of a step.
+    pub fn guided(self, guide: &Guide<A>) -> Self
+    where
+        A: 'static,
+    {
+        let of = guide.penalty.clone().map(|penalty| {
+            let of = move |any: &dyn Any| penalty(any.downcast_ref::<Adapters<A>>()?);
+            Arc::new(of) as Arc<dyn Fn(&dyn Any) -> Option<Tensor<1>> + Send + Sync>
+        });
+        Self { penalty: Penalty(of), ..self }
     }
 
     /// Loss and accuracy on one batch, without gradients.
@@ -171,6 +197,9 @@ impl<B: Objective, A: Module + ModuleDisplay + Adapter + Sync + 'static> TrainSt
             total.tokens += tokens;
             total.padded += padded;
             accumulator.accumulate(self, GradientsParams::from_grads(mean.backward(), self));
+        }
+        if let Some(penalty) = self.penalty.0.as_ref().and_then(|of| of(&self.adapters)) {
+            accumulator.accumulate(self, GradientsParams::from_grads(penalty.backward(), self));
         }
         let (grads, norm) = clip(self, accumulator.grads(), self.settings.max_grad_norm);
         total.grad_norm = norm;

@@ -362,15 +362,53 @@ fn until_checkpoint(desk: &Desk, child: &mut Child) {
 const LONG: &str = "--max-steps 400 --num-train-epochs 60 --lora-dropout 0.2 --weight-decay 0.01 \
     --lr-scheduler-type cosine --warmup-steps 10 --validation-split 0.2 --eval-steps 5 --save-steps 7";
 
+#[test]
+fn a_methods_policy_decides_and_its_file_is_as_small() {
+    let desk = classify();
+    let line =
+        CLASSIFY.replace("--r 4", "--method adalora").replace("query,value", "query,key,value");
+    let more = "--method-option init_r=6 --method-option target_r=2 --method-option tfinal=10 --max-steps 60";
+    desk.good(&format!("{line} {more} --output-dir /out"));
+    let config = desk.json("out/adapter_config.json");
+    assert_eq!(config["total_step"], 60);
+    let pattern = config["rank_pattern"].as_object().expect("was decided");
+    let kept: Vec<usize> = pattern
+        .values()
+        .map(|mask| {
+            mask.as_array().expect("is a mask").iter().filter(|kept| **kept == true).count()
+        })
+        .collect();
+    // Six places with two triplets each on average, and not two everywhere.
+    assert_eq!((kept.len(), kept.iter().sum::<usize>()), (6, 12), "{kept:?}");
+    assert!(kept.iter().any(|&rank| rank != 2), "{kept:?}");
+    let bytes = desk.bytes("out/adapter_model.safetensors");
+    let file = SafeTensors::deserialize(&bytes).expect("is a safetensors file");
+    let rank = |name: &str| file.tensor(name).expect("is there").shape()[0];
+    let names = file.names();
+    let ranks = names.iter().filter(|name| name.ends_with("lora_E")).map(|name| rank(name));
+    assert_eq!(ranks.sum::<usize>(), 12);
+    desk.good("predict --model @models/bert --adapter /out --text w1");
+}
+
 #[cfg(unix)]
 #[test]
 fn an_interrupted_run_goes_on_to_the_same_numbers() {
+    let lora = format!("{CLASSIFY} {LONG}");
+    interrupted(&lora, "--lora-alpha 3");
+    // With what a method knows between steps, too.
+    let policy = lora
+        .replace("--r 4", "--method adalora --method-option init_r=5 --method-option target_r=2");
+    interrupted(&policy, "--lora-alpha 3");
+}
+
+#[cfg(unix)]
+fn interrupted(line: &str, other: &str) {
     let desk = classify();
-    desk.good(&format!("{CLASSIFY} {LONG} --output-dir /whole"));
+    desk.good(&format!("{line} --output-dir /whole"));
     let whole = desk.bytes("whole/adapter_model.safetensors");
     for (signal, code) in [("INT", Some(130)), ("KILL", None)] {
         let _ = std::fs::remove_dir_all(desk.path("out"));
-        let mut command = desk.command(&format!("{CLASSIFY} {LONG} --output-dir /out"));
+        let mut command = desk.command(&format!("{line} --output-dir /out"));
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -387,10 +425,9 @@ fn an_interrupted_run_goes_on_to_the_same_numbers() {
         );
         assert_eq!(child.wait().expect("ends").code(), code);
         assert!(!desk.path("out/adapter_config.json").exists());
-        let other =
-            desk.run(&format!("{CLASSIFY} {LONG} --output-dir /out --resume --lora-alpha 3"));
-        assert!(String::from_utf8_lossy(&other.stderr).contains("other options"), "{other:?}");
-        desk.good(&format!("{CLASSIFY} {LONG} --output-dir /out --resume"));
+        let refused = desk.run(&format!("{line} --output-dir /out --resume {other}"));
+        assert!(String::from_utf8_lossy(&refused.stderr).contains("other options"), "{refused:?}");
+        desk.good(&format!("{line} --output-dir /out --resume"));
         assert_eq!(desk.bytes("out/adapter_model.safetensors"), whole, "after {signal}");
         let steps = |name: &str| -> Vec<Value> {
             let text =
@@ -446,7 +483,7 @@ fn every_backend_of_the_build_trains_and_answers_alike() {
 /// Sizes that fit the fixture's layers of 32, where the defaults do not.
 fn fitting(method: &str) -> &'static str {
     match method {
-        "ADALORA" => "--method-option total_step=12",
+        "ADALORA" => "--method-option init_r=6 --method-option target_r=2",
         "C3A" => "--method-option block_size=16",
         "FOURIERFT" => "--method-option n_frequency=60",
         "MISS" => "--method-option r=8",

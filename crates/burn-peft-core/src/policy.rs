@@ -1,0 +1,73 @@
+//! What a method does around an optimizer step: a rank that is shared out anew, factors that are frozen
+//! one by one.
+
+use crate::{Adapters, Error, Method};
+use burn::module::{Module, ModuleDisplay};
+use burn::optim::GradientsParams;
+use burn::tensor::{Device, Tensor};
+use serde_json::Value as Json;
+use std::fmt;
+
+/// A method's rule for what happens between steps, with what it knows so far. Steps count from 1.
+pub trait Policy<A: Module + ModuleDisplay>: Send {
+    /// Sees the gradients of a step, before the optimizer makes it.
+    fn observe(&mut self, step: usize, adapters: &Adapters<A>, gradients: &GradientsParams);
+
+    /// The adapters as they go on after the optimizer's step; `None` where they stay as they are.
+    ///
+    /// # Errors
+    /// What the method cannot work with.
+    fn adjust(&mut self, step: usize, adapters: &Adapters<A>)
+    -> Result<Option<Adapters<A>>, Error>;
+
+    /// What a checkpoint holds.
+    ///
+    /// # Errors
+    /// A state that JSON cannot hold.
+    fn state(&self) -> Result<Json, Error>;
+
+    /// Goes on where `state` was taken.
+    ///
+    /// # Errors
+    /// A state that is not this policy's.
+    fn resume(&mut self, state: Json, device: &Device) -> Result<(), Error>;
+}
+
+type Penalty<A> = std::sync::Arc<dyn Fn(&Adapters<A>) -> Option<Tensor<1>> + Send + Sync>;
+
+/// What a trainer needs to know of a method: what it adds to the loss, and its [`Policy`].
+pub struct Guide<A: Module + ModuleDisplay> {
+    /// A term of the loss that depends on the adapters alone, `[1]`.
+    pub penalty: Option<Penalty<A>>,
+    /// What happens between steps.
+    pub policy: Option<Box<dyn Policy<A>>>,
+}
+
+impl<A: Module + ModuleDisplay> fmt::Debug for Guide<A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (penalty, policy) = (self.penalty.is_some(), self.policy.is_some());
+        f.debug_struct("Guide").field("penalty", &penalty).field("policy", &policy).finish()
+    }
+}
+
+impl<A: Module + ModuleDisplay> Default for Guide<A> {
+    fn default() -> Self {
+        Self { penalty: None, policy: None }
+    }
+}
+
+impl<A: Module + ModuleDisplay> Guide<A> {
+    /// Of a method, for a training of these adapters.
+    ///
+    /// # Errors
+    /// A configuration that the policy cannot work with.
+    pub fn of<T: Method<Adapter = A>>(method: &T, adapters: &Adapters<A>) -> Result<Self, Error> {
+        let penalty = method.has_penalty().then(|| {
+            let method = method.clone();
+            let penalty: Penalty<A> =
+                std::sync::Arc::new(move |adapters: &Adapters<A>| method.penalty(adapters));
+            penalty
+        });
+        Ok(Self { penalty, policy: method.policy(adapters)? })
+    }
+}
