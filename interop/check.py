@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import fixtures
+import methods
 import tiny
 
 BOUND = 1e-4
@@ -115,6 +116,11 @@ def ours(here, folder):
         "patterns": ["--target-modules", "query,key", "--method-option", 'rank_pattern={"key": 2}',
                      "--layers-to-transform", "1"],
         "embedding": ["--target-modules", "word_embeddings,query"],
+        "dora": ["--target-modules", "query,dense", "--method-option", "use_dora=true"],
+        "pissa": ["--target-modules", "query,value", "--init-lora-weights", "pissa", "--r", "4"],
+        "olora": ["--target-modules", "query,value", "--init-lora-weights", "olora", "--r", "4"],
+        "orthogonal": ["--target-modules", "query,value", "--init-lora-weights", "orthogonal", "--r", "4"],
+        "mica": ["--target-modules", "query,value", "--init-lora-weights", "mica", "--r", "4"],
     }.items():
         out = folder / f"ours-{name}"
         run(here.binary, "train", "--model", bert, "--train-file", table, "--output-dir", out,
@@ -141,6 +147,23 @@ def ours(here, folder):
         run(here.binary, "merge", "--model", llama, "--adapter", out, "--output-dir", folder / f"merged-{name}")
         merged = AutoModelForCausalLM.from_pretrained(folder / f"merged-{name}")
         near(f"merged, to transformers: {name}", there(merged, rows), found, rows["attention_mask"])
+
+
+def others(here, folder):
+    """Adapters of the other methods, trained here on what `ours` has laid out, in HF PEFT."""
+    inputs = {"bert": tiny.inputs(types=False), "llama": tiny.inputs(left=True)}
+    kinds = {"bert": AutoModelForSequenceClassification, "llama": AutoModelForCausalLM}
+    for name, method, model, targets, options in methods.asked():
+        out = folder / f"{name}-{model}"
+        base = folder / {"bert": "bert-of-two", "llama": "llama"}[model]
+        fields = [option for key, value in options.items() for option in ("--method-option", f"{key}={json.dumps(value)}")]
+        file = {"bert": "train.tsv", "llama": "train.txt"}[model]
+        run(here.binary, "train", "--model", base, "--train-file", folder / file, "--output-dir", out, "--method", method,
+            "--target-modules", targets, "--max-steps", "6", "--learning-rate", "5e-3", "--seed", "3",
+            "--per-device-train-batch-size", "8", *(["--max-length", "40"] if model == "llama" else []), *fields)
+        loaded = PeftModel.from_pretrained(kinds[model].from_pretrained(base), out)
+        near(f"to HF PEFT: {name}, {model}", here.logits(base, inputs[model], out), there(loaded, inputs[model]),
+             inputs[model]["attention_mask"] if model == "llama" else None)
 
 
 def real(here, model, adapter):
@@ -172,6 +195,7 @@ if __name__ == "__main__":
         here = Here(arguments.binary, folder)
         theirs(here, Path(folder))
         ours(here, Path(folder))
+        others(here, Path(folder))
         if arguments.model and arguments.adapter:
             real(here, arguments.model, arguments.adapter)
     print(f"{len(checked)} comparisons, all within {BOUND}")

@@ -159,6 +159,22 @@ METHODS = {
 }
 
 
+def asked():
+    """(name, method, model, targets, options): what the program is asked for to make the same adapters."""
+    for kind, options in METHODS.items():
+        if kind == "PsoftConfig":
+            continue  # its function depends on the signs of the reader's SVD, unless the reader takes ours
+        for name, own in options.items():
+            own = {key: value for key, value in own.items() if key not in ["std", "models"]}
+            targets = own.pop("targets")
+            if kind == "HiraConfig":
+                own.pop("rank_pattern", None)  # HF PEFT has the field and does nothing with it
+            method = str(getattr(peft, kind)(**own).peft_type.value)
+            for model in options[name].get("models", ["bert", "llama"]):
+                places = TARGETS[model][targets]
+                yield name, method, model, places if isinstance(places, str) else ",".join(places), own
+
+
 def configurations():
     """(name, HF's configuration, model, size of the random values)."""
     for kind, options in METHODS.items():

@@ -457,7 +457,11 @@ mod tests {
     fn the_factors_are_nearest_to_the_weight() {
         let device = Device::flex();
         for (fan_in, fan_out) in [(7, 5), (5, 7)] {
-            let sites = Sites::of(&vec![LinearConfig::new(fan_in, fan_out).init(&device)], None);
+            let mut layer = LinearConfig::new(fan_in, fan_out).init(&device);
+            let mut rng = burn_peft_core::site_rng(1, "psoft");
+            let weight = crate::random::normal([fan_in, fan_out], 0.4, &mut rng, &device);
+            layer.weight = Param::from_tensor(weight);
+            let sites = Sites::of(&vec![layer], None);
             let w = sites.all[0].matrix().expect("is one");
             for (psoft_svd, ab_svd_init) in
                 [(Svd::Full, Split::Psoft), (Svd::Lowrank, Split::Psoft), (Svd::Full, Split::Pissa)]
