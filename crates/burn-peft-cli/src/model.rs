@@ -92,12 +92,12 @@ fn ready<M: Pretrained>(
     // What an adapter brings along is not missing.
     let brought = |name: &String| {
         let place = name.rsplit_once('.').map_or(name.as_str(), |(place, _)| place);
-        let bring = |a: &&Box<dyn AnyAdapters>| {
+        let laid = |a: &dyn AnyAdapters| {
             let mut laid = Vec::new();
             a.at(place, &mut laid);
             !laid.is_empty()
         };
-        adapters.iter().filter(bring).count()
+        adapters.iter().filter(|a| laid(a.as_ref())).count()
     };
     if let Some(name) = loaded.fresh.iter().find(|name| brought(name) > 1) {
         return Err(Failure::new(format!(

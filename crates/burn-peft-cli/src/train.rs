@@ -191,7 +191,7 @@ fn belongs(tokenizer: &TextTokenizer, pad: u32, vocab: usize, model: &Path) -> R
 
 /// The classes as the model numbers them, if its own head is for just these.
 fn in_the_models_order(labels: Labels, model: &Path) -> Result<Labels, Failure> {
-    let own = own_labels(&BertForSequenceClassification::config(model)?);
+    let own = own_labels(&BertForSequenceClassification::read_config(model)?);
     let sorted = |names: &[String]| {
         let mut names = names.to_vec();
         names.sort();

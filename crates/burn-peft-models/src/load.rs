@@ -61,7 +61,7 @@ pub trait Pretrained: Module + ModuleDisplay + Sync + 'static {
     ///
     /// # Errors
     /// A missing or malformed file, or one of another architecture.
-    fn config(folder: &Path) -> Result<Self::Config, Error> {
+    fn read_config(folder: &Path) -> Result<Self::Config, Error> {
         let path = folder.join("config.json");
         let found = model_type(folder)?;
         if found != Self::MODEL_TYPE {
@@ -86,7 +86,7 @@ pub trait Pretrained: Module + ModuleDisplay + Sync + 'static {
         device: &Device,
         edit: impl FnOnce(&mut Self::Config),
     ) -> Result<Loaded<Self>, Error> {
-        let mut config = Self::config(folder)?;
+        let mut config = Self::read_config(folder)?;
         edit(&mut config);
         let model = Self::init(&config, device)?;
         let mut linears = Linears::default();

@@ -1,6 +1,6 @@
 //! LoRA: `W' = W + s·A·B` with two thin trained factors (arXiv 2106.09685).
 
-use crate::common::{drop, drops, fifteen_digits, finite, number, positive, probability};
+use crate::common::{LoraBias, drop, drops, fifteen_digits, finite, number, positive, probability};
 use crate::dora::{Dora, unbiased};
 use crate::init::{Init, Pair, Place, bound};
 use crate::layout::{Layout, MAGNITUDE, expand, kernel, shaped, take};
@@ -77,19 +77,6 @@ impl Default for Lora {
             targets: Targets::default(),
         }
     }
-}
-
-/// Biases trained beside LoRA, in HF PEFT's words.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LoraBias {
-    /// None.
-    #[default]
-    None,
-    /// Every bias of the model.
-    All,
-    /// Those of the adapted layers.
-    LoraOnly,
 }
 
 /// What LoRA trains at one place.
@@ -359,11 +346,7 @@ impl Method for Lora {
     }
 
     fn biases(&self) -> Biases {
-        match self.bias {
-            LoraBias::None => Biases::None,
-            LoraBias::All => Biases::All,
-            LoraBias::LoraOnly => Biases::Adapted,
-        }
+        self.bias.biases()
     }
 
     fn check(&self) -> Result<(), Error> {

@@ -121,7 +121,9 @@ pub struct Tuned<B: Objective, A: Module + ModuleDisplay> {
 /// What the method adds to the loss of the adapters, whose type Burn's derive wants nowhere but in a
 /// module.
 #[derive(Clone)]
-struct Penalty(Option<Arc<dyn Fn(&dyn Any) -> Option<Tensor<1>> + Send + Sync>>);
+struct Penalty(Option<Arc<Term>>);
+
+type Term = dyn Fn(&dyn Any) -> Option<Tensor<1>> + Send + Sync;
 
 impl Debug for Penalty {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -142,7 +144,7 @@ impl<B: Objective, A: Module + ModuleDisplay + Adapter> Tuned<B, A> {
     {
         let of = guide.penalty.clone().map(|penalty| {
             let of = move |any: &dyn Any| penalty(any.downcast_ref::<Adapters<A>>()?);
-            Arc::new(of) as Arc<dyn Fn(&dyn Any) -> Option<Tensor<1>> + Send + Sync>
+            Arc::new(of) as Arc<Term>
         });
         Self { penalty: Penalty(of), ..self }
     }

@@ -1,0 +1,114 @@
+//! Every method and every backend of the build, through the program.
+
+use crate::{CLASSIFY, classify, logits};
+use safetensors::SafeTensors;
+
+#[test]
+fn a_methods_policy_decides_and_its_file_is_as_small() {
+    let desk = classify();
+    let line =
+        CLASSIFY.replace("--r 4", "--method adalora").replace("query,value", "query,key,value");
+    let more = "--method-option init_r=6 --method-option target_r=2 --method-option tfinal=10 --max-steps 60";
+    desk.good(&format!("{line} {more} --output-dir /out"));
+    let config = desk.json("out/adapter_config.json");
+    assert_eq!(config["total_step"], 60);
+    let pattern = config["rank_pattern"].as_object().expect("was decided");
+    let kept: Vec<usize> = pattern
+        .values()
+        .map(|mask| {
+            mask.as_array().expect("is a mask").iter().filter(|kept| **kept == true).count()
+        })
+        .collect();
+    // Six places with two triplets each on average, and not two everywhere.
+    assert_eq!((kept.len(), kept.iter().sum::<usize>()), (6, 12), "{kept:?}");
+    assert!(kept.iter().any(|&rank| rank != 2), "{kept:?}");
+    let bytes = desk.bytes("out/adapter_model.safetensors");
+    let file = SafeTensors::deserialize(&bytes).expect("is a safetensors file");
+    let rank = |name: &str| file.tensor(name).expect("is there").shape()[0];
+    let names = file.names();
+    let ranks = names.iter().filter(|name| name.ends_with("lora_E")).map(|name| rank(name));
+    assert_eq!(ranks.sum::<usize>(), 12);
+    desk.good("predict --model @models/bert --adapter /out --text w1");
+}
+
+/// Backends of this build beside the first.
+fn other_devices() -> Vec<&'static str> {
+    let all = [
+        ("ndarray", cfg!(feature = "ndarray")),
+        ("wgpu", cfg!(feature = "wgpu")),
+        ("vulkan", cfg!(feature = "vulkan")),
+    ];
+    all.into_iter().filter(|(_, there)| *there).map(|(name, _)| name).collect()
+}
+
+#[test]
+fn every_backend_of_the_build_trains_and_answers_alike() {
+    let desk = classify();
+    let train = format!("{CLASSIFY} --max-steps 2 --test-file /test.tsv");
+    desk.good(&format!("{train} --output-dir /flex"));
+    let loss = |name: &str| -> f64 {
+        desk.json(&format!("{name}/summary.json"))["after"]["loss"].as_f64().expect("was measured")
+    };
+    for device in other_devices() {
+        desk.good(&format!("{train} --output-dir /{device} --device {device}"));
+        // Two steps of Adam blow a rounding of a gradient near zero up to a step of its own.
+        let far = (loss(device) - loss("flex")).abs();
+        assert!(far < 1e-2, "{device} differs by {far}");
+        let forward = "forward --model @models/llama --inputs @models/llama/golden.safetensors";
+        desk.good(&format!("{forward} --output /a.safetensors"));
+        desk.good(&format!("{forward} --output /b.safetensors --device {device}"));
+        let [a, b] = ["a", "b"].map(|n| logits(&desk, &format!("{n}.safetensors")));
+        let far = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(far < 1e-4, "{device} differs by {far}");
+    }
+}
+
+/// Sizes that fit the fixture's layers of 32, where the defaults do not.
+fn fitting(method: &str) -> &'static str {
+    match method {
+        "ADALORA" => "--method-option init_r=6 --method-option target_r=2",
+        "C3A" => "--method-option block_size=16",
+        "FOURIERFT" => "--method-option n_frequency=60",
+        "MISS" => "--method-option r=8",
+        "NOLA" => "--method-option ka=16 --method-option kb=16",
+        "RANDLORA" => "--method-option r=4 --method-option randlora_alpha=8",
+        "ROAD" => "--method-option group_size=16",
+        "SAID" => "--method-option intrinsic_dimension=64",
+        "SHIRA" => "--method-option r=2",
+        "SUPERLORA" => "--method-option r=2",
+        "VBLORA" => "--method-option vector_length=16 --method-option num_vectors=8",
+        "WAVEFT" => "--method-option n_frequency=60",
+        _ => "",
+    }
+}
+
+#[test]
+fn every_method_trains_and_is_merged() {
+    let desk = classify();
+    let line = CLASSIFY.replace("--r 4", "");
+    let unknown = desk.run(&format!("{line} --method nonsense --output-dir /out"));
+    let said = String::from_utf8_lossy(&unknown.stderr).into_owned();
+    let (_, names) = said.split_once("expected one of ").expect("lists the methods");
+    let names: Vec<&str> = names.trim().split(", ").collect();
+    assert!(names.len() >= 35, "{names:?}");
+    for name in names {
+        let more = fitting(name);
+        desk.good(&format!(
+            "{line} --method {name} {more} --max-steps 12 --test-file /test.tsv --output-dir /{name}"
+        ));
+        let summary = desk.json(&format!("{name}/summary.json"));
+        let loss = |when: &str| summary[when]["loss"].as_f64().expect("was measured");
+        assert!(loss("after") < loss("before"), "{name}: {summary}");
+        desk.good(&format!(
+            "merge --model @models/bert --adapter /{name} --output-dir /{name}-merged"
+        ));
+        let forward = "forward --inputs @models/bert/golden.safetensors";
+        desk.good(&format!(
+            "{forward} --model @models/bert --adapter /{name} --output /a.safetensors"
+        ));
+        desk.good(&format!("{forward} --model /{name}-merged --output /b.safetensors"));
+        let [a, b] = ["a", "b"].map(|n| logits(&desk, &format!("{n}.safetensors")));
+        let far = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(far < 1e-4, "{name} merged differs by {far}");
+    }
+}
