@@ -16,16 +16,16 @@ const STEPS: &[Step] = &[
     Step { name: "docs", what: "the documentation builds without a warning", run: docs },
     Step { name: "test", what: "all tests on the default backend", run: tests },
     Step { name: "interop", what: "adapters go to HF PEFT and come from it", run: interop },
-    Step { name: "cuda", what: "the CUDA backend type-checks", run: cuda },
+    Step { name: "gpus", what: "the CUDA and Vulkan backends type-check", run: gpus },
     Step {
         name: "backends",
-        what: "the laws and the program on wgpu and vulkan, by Mesa's lavapipe, and on ndarray",
+        what: "the laws and the program on wgpu, by Mesa's lavapipe, and on ndarray",
         run: backends,
     },
 ];
 
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Steps: format, deny, lints, docs, test, interop, cuda, backends.
+#[command(after_help = "Steps: format, deny, lints, docs, test, interop, gpus, backends.
 
 Examples:
   cargo xtask ci
@@ -92,8 +92,9 @@ fn interop() -> Result<(), Failure> {
     exec::run(&mut check)
 }
 
-fn cuda() -> Result<(), Failure> {
-    let mut check = exec::cargo(["check", "--package", "burn-peft", "--features", "cuda"]);
+/// Vulkan is not run: its shaders, which come as SPIR-V, crash the lavapipe of Debian 12 (Mesa 22.3).
+fn gpus() -> Result<(), Failure> {
+    let mut check = exec::cargo(["check", "--package", "burn-peft", "--features", "cuda,vulkan"]);
     // As on docs.rs, the build scripts then fetch no compiler.
     exec::run(check.env("DOCS_RS", "1"))
 }
@@ -105,7 +106,7 @@ fn backends() -> Result<(), Failure> {
     laws.args(packages).args(["--test", "laws", "--test", "program"]);
     // Small shapes: compiling fast is worth more than running fast. In a folder of its own, so
     // that the unoptimised Burn does not push the other one out.
-    let features = ["ndarray", "wgpu", "vulkan"].map(|name| format!("burn-peft-cli/{name}"));
+    let features = ["ndarray", "wgpu"].map(|name| format!("burn-peft-cli/{name}"));
     laws.arg("--features").arg(features.join(","));
     laws.args(["--config", r#"profile.dev.package."*".opt-level=0"#]);
     laws.arg("--target-dir").arg(target()?.join("unoptimised"));

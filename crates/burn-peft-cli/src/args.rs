@@ -153,8 +153,7 @@ pub(crate) struct TrainArgs {
     #[arg(long)]
     pub(crate) text_unit: Option<String>,
 
-    /// Method [default: lora]
-    #[arg(long, help_heading = "Method")]
+    #[arg(long, help_heading = "Method", help = methods())]
     pub(crate) method: Option<String>,
     /// Any option of the method by its name in adapter_config.json, its value as JSON
     #[arg(long, value_name = "NAME=JSON", help_heading = "Method")]
@@ -196,7 +195,7 @@ pub(crate) struct TrainArgs {
     /// Passes over the data [default: 3]
     #[arg(long, help_heading = "Training")]
     pub(crate) num_train_epochs: Option<usize>,
-    /// Most optimizer steps, whatever the epochs
+    /// Optimizer steps, whatever the epochs
     #[arg(long, help_heading = "Training")]
     pub(crate) max_steps: Option<usize>,
     /// Examples a forward pass [default: 8]
@@ -380,4 +379,8 @@ pub(crate) struct MergeArgs {
 pub(crate) struct InspectArgs {
     /// Folder of an adapter or of a model
     pub(crate) path: PathBuf,
+}
+
+fn methods() -> String {
+    format!("Method [default: lora]: {}", burn_peft::registry::NAMES.join(", ").to_lowercase())
 }
