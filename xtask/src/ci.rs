@@ -103,7 +103,7 @@ fn backends() -> Result<(), Failure> {
     let driver = vulkan::lavapipe()?;
     let packages = ["--package", "burn-peft", "--package", "burn-peft-cli"];
     let mut laws = exec::cargo(["test"]);
-    laws.args(packages).args(["--test", "laws", "--test", "program"]);
+    laws.args(packages).args(["--test", "laws", "--test", "seeded", "--test", "program"]);
     // Small shapes: compiling fast is worth more than running fast. In a folder of its own, so
     // that the unoptimised Burn does not push the other one out.
     let features = ["ndarray", "wgpu"].map(|name| format!("burn-peft-cli/{name}"));

@@ -242,8 +242,31 @@ pub trait Folds {
     fn fold_bias(&self, path: &str, b: &Tensor<1>) -> Option<Tensor<1>>;
     /// Whether the adapter at `path` has a bias of its own.
     fn brings_bias(&self, path: &str) -> bool;
+    /// The first place, if any, with a parameter that is NaN or infinite.
+    fn broken(&self) -> Option<String>;
     /// Paths of all places that change.
     fn paths(&self) -> Vec<String>;
+}
+
+/// Whether every parameter is a number.
+fn finite<M: Module>(module: &M) -> bool {
+    struct Finite(bool);
+    impl ModuleVisitor for Finite {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let value = param.val().without_autodiff();
+            let empty = value.dims().contains(&0);
+            self.0 &= empty || value.is_finite().all().into_scalar::<bool>();
+        }
+    }
+    let mut found = Finite(true);
+    module.visit(&mut found);
+    found.0
+}
+
+fn first_broken<A: Module + ModuleDisplay>(adapters: &Adapters<A>) -> Option<String> {
+    let layers = adapters.iter().filter(|(_, adapter)| !finite(*adapter)).map(|(path, _)| path);
+    let copies = adapters.copies().filter(|(_, copy)| !finite(*copy)).map(|(path, _)| path);
+    layers.chain(copies).next().map(str::to_owned)
 }
 
 fn add<const D: usize>(a: Option<Tensor<D>>, b: Option<Tensor<D>>) -> Option<Tensor<D>> {
@@ -271,6 +294,10 @@ impl<A: Module + ModuleDisplay + Fold> Folds for Adapters<A> {
 
     fn brings_bias(&self, path: &str) -> bool {
         self.get(path).is_some_and(Fold::brings_bias)
+    }
+
+    fn broken(&self) -> Option<String> {
+        first_broken(self)
     }
 
     fn paths(&self) -> Vec<String> {
@@ -311,6 +338,10 @@ impl<T: Method> Folds for Folded<'_, T> {
 
     fn brings_bias(&self, path: &str) -> bool {
         self.fold(path).is_some_and(Fold::brings_bias)
+    }
+
+    fn broken(&self) -> Option<String> {
+        first_broken(self.0)
     }
 
     fn paths(&self) -> Vec<String> {

@@ -153,6 +153,11 @@ fn check<M: Module>(model: &M, folds: &dyn Folds) -> Result<(), Error> {
 pub fn merge<M: Module>(model: &M, parts: &[(&dyn Folds, f64)]) -> Result<M, Error> {
     for (folds, _) in parts {
         check(model, *folds)?;
+        // By its own numbers, too: a maximum may pass over NaN, and it would reach no weight.
+        if let Some(path) = folds.broken() {
+            let reason = "the adapter holds NaN or infinity; it is broken, nothing was merged";
+            return Err(Error::place(path, reason));
+        }
     }
     let mut merger = Merger { parts, stack: Vec::new(), broken: None };
     let merged = model.clone().map(&mut merger);

@@ -5,7 +5,7 @@ use crate::{
     Adapters, Error, Method, Part, PlaceTensors, Site, Sites, Strictness, TensorFile, TrainedCopy,
     tensor_bytes, write_together,
 };
-use burn::module::{Module, Param};
+use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use serde_json::{Map, Value as Json};
 use std::path::{Path, PathBuf};
@@ -288,7 +288,19 @@ pub fn load<T: Method>(
             format!("it in {}; is this the adapter's base model?", path.display()),
         ));
     }
-    Ok((config, Adapters::new(layers, copied)))
+    Ok((config, Adapters::new(layers, copied).map(&mut LaidOut)))
+}
+
+/// Lays parameters out without gaps: a transposed view is multiplied in another order, and what was read
+/// must give what was written, bit for bit.
+struct LaidOut;
+
+impl ModuleMapper for LaidOut {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let device = param.device();
+        let value = Tensor::from_data(param.val().into_data(), &device);
+        Param::initialized(param.id, Param::from_tensor(value).val())
+    }
 }
 
 /// HF PEFT writes the weight of an adapted embedding along; here it stays with the base model.

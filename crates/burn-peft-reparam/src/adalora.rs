@@ -5,7 +5,6 @@ use crate::adalora_policy::{RankPolicy, orthogonality};
 use crate::common::{Bias, drop, finite, number, positive, probability};
 use crate::init::Init;
 use crate::random::normal;
-use crate::source::laid_out;
 use burn::module::{Module, Param};
 use burn::nn::conv::Conv2d;
 use burn::nn::{Dropout, DropoutConfig, Linear};
@@ -395,7 +394,6 @@ impl Method for AdaLora {
         if r == 0 {
             return Ok(self.empty());
         }
-        let (a, b) = (laid_out(a.transpose(), device), laid_out(b.transpose(), device));
-        Ok(self.adapter(a, e.reshape([r]), b))
+        Ok(self.adapter(a.transpose(), e.reshape([r]), b.transpose()))
     }
 }

@@ -76,30 +76,6 @@ pub(crate) fn fifteen_digits(value: f64) -> f64 {
     format!("{value:.14e}").parse().unwrap_or(value)
 }
 
-/// Biases trained beside LoRA, in HF PEFT's words.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LoraBias {
-    /// None.
-    #[default]
-    None,
-    /// Every bias of the model.
-    All,
-    /// Those of the adapted layers.
-    LoraOnly,
-}
-
-impl LoraBias {
-    /// As the core wants it.
-    pub(crate) fn biases(self) -> Biases {
-        match self {
-            Self::None => Biases::None,
-            Self::All => Biases::All,
-            Self::LoraOnly => Biases::Adapted,
-        }
-    }
-}
-
 /// Refuses 0.
 pub(crate) fn positive(field: &'static str, value: usize) -> Result<(), Error> {
     match value {

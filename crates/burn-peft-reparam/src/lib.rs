@@ -61,7 +61,7 @@ pub use aflora::{AfLora, AfLoraAdapter};
 pub use boft::{Boft, BoftAdapter};
 pub use c3a::{C3a, C3aAdapter, C3aInit, Fourier};
 pub use capaboost::{CapaBoost, CapaBoostAdapter};
-pub use common::{Bias, LoraBias};
+pub use common::Bias;
 pub use delora::{Delora, DeloraAdapter};
 pub use dora::Dora;
 pub use fourierft::{FourierFt, FourierFtAdapter, Waves};

@@ -1,6 +1,6 @@
 //! LoRA: `W' = W + s·A·B` with two thin trained factors (arXiv 2106.09685).
 
-use crate::common::{LoraBias, drop, drops, fifteen_digits, finite, number, positive, probability};
+use crate::common::{Bias, drop, drops, fifteen_digits, finite, number, positive, probability};
 use crate::dora::{Dora, unbiased};
 use crate::init::{Init, Pair, Place, bound};
 use crate::layout::{Layout, MAGNITUDE, expand, kernel, shaped, take};
@@ -45,7 +45,7 @@ pub struct Lora {
     /// Scale by `1/√r` in place of `1/r`, so that large ranks learn at the same speed.
     pub use_rslora: bool,
     /// Which biases of the model are trained beside it.
-    pub bias: LoraBias,
+    pub bias: Bias,
     /// A bias of its own on `B`; with the inits true and false, and without DoRA.
     pub lora_bias: bool,
     /// DoRA: the length of each column of the weight is trained apart from its direction.
@@ -68,7 +68,7 @@ impl Default for Lora {
             lora_alpha: 8.0,
             lora_dropout: 0.0,
             use_rslora: false,
-            bias: LoraBias::None,
+            bias: Bias::None,
             lora_bias: false,
             use_dora: false,
             init_lora_weights: Init::default(),
@@ -361,7 +361,7 @@ impl Method for Lora {
         if self.use_dora && self.init_lora_weights.freezes_b() {
             return Err(Error::config("use_dora", "does not work with the init \"mica\""));
         }
-        Ok(())
+        self.bias.check("lora_only")
     }
 
     fn starts_as_identity(&self) -> bool {
@@ -425,8 +425,8 @@ impl Method for Lora {
             ..method
         };
         vec![
-            Self { use_rslora: true, bias: LoraBias::LoraOnly, ..plain.clone() },
-            Self { lora_dropout: 0.2, bias: LoraBias::All, ..plain.clone() },
+            Self { use_rslora: true, bias: Bias::Only("lora_only".into()), ..plain.clone() },
+            Self { lora_dropout: 0.2, bias: Bias::All, ..plain.clone() },
             Self { init_lora_weights: "gaussian".into(), targets: saving, ..plain.clone() },
             Self { init_lora_weights: Init::Random, lora_bias: true, ..plain.clone() },
             Self { use_dora: true, lora_dropout: 0.1, ..plain.clone() },

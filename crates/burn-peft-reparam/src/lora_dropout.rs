@@ -139,7 +139,12 @@ impl Method for LoraDropout {
     }
 
     fn samples(targets: &Targets) -> Vec<Self> {
-        LowRank::samples(targets).map(|low_rank| Self { low_rank }).to_vec()
+        // Rarely: where all of a small place's rows are dropped, nothing has a gradient.
+        let rare = |low_rank: LowRank| {
+            let lora_dropout = low_rank.lora_dropout / 10.0;
+            Self { low_rank: LowRank { lora_dropout, ..low_rank } }
+        };
+        LowRank::samples(targets).map(rare).to_vec()
     }
 
     fn parameters(&self, site: &Site) -> usize {

@@ -53,7 +53,10 @@ impl ForEach for Repeats {
 
 #[test]
 fn draws_repeat_by_the_seed() {
-    let mut repeats = Repeats { device: Device::flex(), drew: false };
-    for_each_method(&mut repeats);
-    assert!(repeats.drew, "no sample has dropout that acts");
+    for name in burn_peft::device::names() {
+        let device = burn_peft::device::by_name(name).expect("is in the build");
+        let mut repeats = Repeats { device, drew: false };
+        for_each_method(&mut repeats);
+        assert!(repeats.drew, "no sample has dropout that acts on {name}");
+    }
 }

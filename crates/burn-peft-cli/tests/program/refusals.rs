@@ -37,7 +37,7 @@ fn options_that_cannot_work() {
         ("--target-modules query,nothing", "`nothing`"),
         ("--modules-to-save nothing", "`nothing`"),
         ("--lora-dropout 1.5", "lora_dropout"),
-        ("--bias some", "bias: unknown variant"),
+        ("--bias some", "bias: expected none, all or lora_only, found some"),
         ("--init-lora-weights loftq", "loftq"),
         ("--method nonsense", "expected one of LORA"),
         ("--method-option use_bdlora=true", "use_bdlora"),

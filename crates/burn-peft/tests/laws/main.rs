@@ -37,11 +37,6 @@ impl<T: Method> Case<T> {
         adapt(&self.sites, &self.method, seed, &self.device.clone().autodiff())
     }
 
-    /// Whether this is the backend that most people run.
-    fn default_backend(&self) -> bool {
-        self.device == device::by_name(device::names()[0]).expect("is in the build")
-    }
-
     /// As after training: every parameter moved.
     fn trained(&self, seed: u64) -> Adapters<T::Adapter> {
         let fresh = self.adapters(seed).expect("fits: the cases are those that do");
@@ -215,11 +210,7 @@ law!(
         let (config, again) = load::<T>(first.path(), &case.sites, &case.device).expect("is whole");
         assert_eq!(again.places(), adapters.places(), "{}", case.name);
         let [found, expected] = [&again, &adapters].map(|a| case.forward(&Scope::new(a)));
-        match case.default_backend() {
-            true => assert_eq!(found, expected, "{}", case.name),
-            // There, a transposed view may be multiplied in another order; the files are equal below.
-            false => close(&found, &expected, &case.name),
-        }
+        assert_eq!(found, expected, "{}", case.name);
         save(second.path(), &config, &case.sites, &again).expect("is written");
         for name in ["adapter_config.json", "adapter_model.safetensors"] {
             let [a, b] = [&first, &second].map(|f| std::fs::read(f.path().join(name)).expect("is there"));
@@ -284,7 +275,12 @@ law!(
         let sites: Vec<_> =
             adapters.iter().map(|(path, _)| case.sites.get(path).expect("was found by it")).collect();
         let mut expected: usize = sites.iter().map(|site| case.method.parameters(site)).sum();
-        expected += case.method.shared_parameters(&sites);
+        let shared = case.method.shared_parameters(&sites);
+        for (path, adapter) in adapters.iter().filter(|_| shared == 0) {
+            let site = case.sites.get(path).expect("was found by it");
+            assert_eq!(adapter.num_params(), case.method.parameters(site), "{} {path}", case.name);
+        }
+        expected += shared;
         expected += adapters.copies().map(|(_, copy)| copy.num_params()).sum::<usize>();
         assert_eq!(adapters.num_params(), expected, "{}", case.name);
         let summary = burn_peft::core::Summary::new(&case.sites, &adapters);
@@ -325,15 +321,8 @@ law!(
     |case| {
         let adapters = case.trained(1).valid().map(&mut Broken(false));
         let Some(folds) = Folded::<T>::new(&adapters) else { return };
-        match merge(&case.model, &[(&folds, 1.0)]) {
-            Err(error) => assert!(error.to_string().contains("NaN"), "{}: {error}", case.name),
-            // A GPU's maximum may pass over NaN, so that it reaches no weight.
-            Ok(merged) => {
-                assert!(!case.default_backend(), "{}", case.name);
-                let finite = values(merged.plain(&case.ids)).iter().all(|v| v.is_finite());
-                assert!(finite, "{}", case.name);
-            }
-        }
+        let refused = merge(&case.model, &[(&folds, 1.0)]);
+        assert!(refused.is_err_and(|e| e.to_string().contains("NaN")), "{}", case.name);
     }
 );
 
@@ -363,12 +352,15 @@ law!(
         let folder = tempfile::tempdir().expect("makes a folder");
         let config = AdapterConfig::new(case.method.clone());
         save(folder.path(), &config, &case.sites, &case.trained(1)).expect("is written");
-        let mut other = case.sites.clone();
-        let wide = burn::nn::LinearConfig::new(10, 12).init(&case.device);
-        for site in other.all.iter_mut().filter(|site| site.path == "query") {
-            site.weight = burn_peft::core::Value::D2(wide.weight.val());
-            site.bias = wide.bias.as_ref().map(|b| b.val());
-        }
+        let other = |fan_in| {
+            let mut other = case.sites.clone();
+            let wide = burn::nn::LinearConfig::new(fan_in, 12).init(&case.device);
+            for site in other.all.iter_mut().filter(|site| site.path == "query") {
+                site.weight = burn_peft::core::Value::D2(wide.weight.val());
+                site.bias = wide.bias.as_ref().map(|b| b.val());
+            }
+            other
+        };
         // A spectrum says nothing of the size of its place.
         let shapes = |sites: &Sites| -> Vec<_> {
             let adapters = adapt(sites, &case.method, 1, &case.device);
@@ -376,11 +368,15 @@ law!(
             let tensors = adapters.ok().map(|a| case.method.tensors(site, a.get("query").expect("is there")));
             tensors.into_iter().flatten().map(|(_, data)| data.shape().to_vec()).collect()
         };
-        if shapes(&other) != shapes(&case.sites) {
+        for other in [other(8), other(10)] {
+            if shapes(&other) == shapes(&case.sites) {
+                continue;
+            }
             let refused = load::<T>(folder.path(), &other, &case.device).expect_err("does not fit");
             let said = refused.to_string();
             assert!(said.contains("query") && said.contains("expected"), "{}: {said}", case.name);
         }
+        let mut other = case.sites.clone();
         other.all.retain(|site| site.path != "query");
         assert!(load::<T>(folder.path(), &other, &case.device).is_err(), "{}", case.name);
     }

@@ -12,7 +12,7 @@ use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::activation::relu;
 use burn::tensor::{Device, Distribution, Tensor};
 use burn_peft::core::{Adapters, Scope, Sites, Targets, adapt, attach, merge};
-use burn_peft::reparam::{Lora, LoraAdapter, LoraBias};
+use burn_peft::reparam::{Bias, Lora, LoraAdapter};
 
 fn devices() -> Vec<Device> {
     let names = burn_peft::device::names();
@@ -96,7 +96,7 @@ fn a_small_cnn() {
             modules_to_save: Some(vec!["head".into()]),
             ..Targets::list(["conv1", "conv2"])
         };
-        let lora = Lora { bias: LoraBias::LoraOnly, ..Lora::new(2, 4.0, saved) };
+        let lora = Lora { bias: Bias::Only("lora_only".into()), ..Lora::new(2, 4.0, saved) };
         trains(model, &lora, |model| {
             (model.forward(x.clone()) - wanted.clone()).powi_scalar(2).mean()
         });
@@ -111,7 +111,7 @@ fn attached_is_overlaid_on_every_kind_of_place() {
         let ids = ids(&device);
         for targets in targets::<Lora>(&sites) {
             let saving = Targets { modules_to_save: Some(vec!["head".into()]), ..targets };
-            let lora = Lora { bias: LoraBias::All, ..Lora::new(3, 5.0, saving) };
+            let lora = Lora { bias: Bias::All, ..Lora::new(3, 5.0, saving) };
             let adapters = adapt(&sites, &lora, 0, &device.clone().autodiff()).expect("fits");
             let adapters = adapters.map(&mut Drawn::new(9, 0.4)).valid();
             let attached = attach(model.clone(), &adapters).expect("is the same model");
