@@ -3,6 +3,7 @@
 python interop/fixtures.py        (with interop/requirements.txt installed)
 """
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -105,15 +106,21 @@ def adapters():
     inputs = tiny.inputs(left=True)
     write_adapter("llama-all-linear", llama, {"logits": llama(**inputs).logits}, "../../models/llama")
 
-    torch.manual_seed(2)
-    base = Cnn().eval()
-    x = torch.randn(2, 3, 8, 8)
-    weights = {f"base.{n}": p.clone() for n, p in base.named_parameters()}
-    before = base(x)
-    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=3, target_modules=["conv1", "conv2"], modules_to_save=["head"]))
-    trained = [n for n, p in model.named_parameters() if p.requires_grad]
-    tiny.randomize(model, trained)
-    write_adapter("cnn", model, weights | {"x": x, "before": before, "logits": model(x)}, None)
+
+def convolutions():
+    for name, config in methods.convolutions():
+        torch.manual_seed(2)
+        base = Cnn().eval()
+        x = torch.randn(2, 3, 8, 8)
+        weights = {f"base.{n}": p.clone() for n, p in base.named_parameters()}
+        before = base(x)
+        model = get_peft_model(base, config).eval()
+        trained = [n for n, p in model.named_parameters() if p.requires_grad]
+        tiny.randomize(model, trained)
+        # Merged: HF PEFT's OFT adds up overlapping patches of the input before it is, and is no identity then
+        # even when fresh; all others give the same numbers both ways.
+        merged = copy.deepcopy(model).merge_and_unload()
+        write_adapter(name, model, weights | {"x": x, "before": before, "logits": merged(x)}, None, "convolutions")
 
 
 def other_methods():
@@ -181,5 +188,6 @@ if __name__ == "__main__":
     ROOT.mkdir()
     models()
     adapters()
+    convolutions()
     other_methods()
     targets()

@@ -158,6 +158,35 @@ METHODS = {
     },
 }
 
+# On a convolution over an image (3 to 6 channels, 3 x 3) and one over time (6 to 8, 2).
+IMAGE, BOTH = ["conv1"], ["conv1", "conv2"]
+CONVOLUTIONS = {
+    "AdaLoraConfig": {"adalora": dict(target_modules=IMAGE, total_step=10, init_r=4, target_r=2)},
+    "BOFTConfig": {"boft": dict(target_modules=IMAGE, boft_block_size=3, boft_n_butterfly_factor=1)},
+    "HiraConfig": {"hira": dict(target_modules=BOTH, r=3)},
+    "HRAConfig": {"hra": dict(target_modules=IMAGE, r=4), "hra-gs": dict(target_modules=IMAGE, r=4, apply_GS=True)},
+    "LoHaConfig": {
+        "loha": dict(target_modules=BOTH, r=3, alpha=6),
+        "loha-effective": dict(target_modules=BOTH, r=3, alpha=6, use_effective_conv2d=True),
+    },
+    "LoKrConfig": {
+        "lokr": dict(target_modules=BOTH, r=2, alpha=4),
+        "lokr-effective": dict(target_modules=BOTH, r=2, alpha=4, use_effective_conv2d=True, decompose_both=True),
+    },
+    "LoraConfig": {
+        "lora": dict(target_modules=BOTH, r=2, lora_alpha=3),
+        "dora": dict(target_modules=BOTH, r=2, lora_alpha=3, use_dora=True),
+    },
+    "OFTConfig": {"oft": dict(target_modules=IMAGE, oft_block_size=9, bias="oft_only")},
+}
+
+
+def convolutions():
+    """(name, HF's configuration)."""
+    for kind, options in CONVOLUTIONS.items():
+        for name, own in options.items():
+            yield name, getattr(peft, kind)(modules_to_save=["head"], **own)
+
 
 def asked():
     """(name, method, model, targets, options): what the program is asked for to make the same adapters."""

@@ -7,7 +7,9 @@ use crate::model::{Task, causal_length, own_labels};
 use crate::options::{configure, fingerprint, merged, need, part, text_unit};
 use burn::module::Module;
 use burn::tensor::Device;
-use burn_peft::core::{AdapterConfig, Guide, Method, Scope, Sites, Summary, adapt, save_with};
+use burn_peft::core::{
+    AdapterConfig, Adapters, AnyAdapter, Guide, Method, Scope, Sites, Summary, adapt, save_with,
+};
 use burn_peft::models::{
     BertConfig, BertForSequenceClassification, LlamaForCausalLM, Loaded, Precision, Pretrained,
 };
@@ -291,16 +293,6 @@ fn causal(setup: &Setup) -> Result<(), Failure> {
     )
 }
 
-fn finish<B: Objective + Pretrained>(setup: &Setup, prepared: Prepared<B>) -> Result<(), Failure> {
-    let name = setup.args.method.as_deref().unwrap_or("lora");
-    with_method(name, TrainJob { setup, prepared })?
-}
-
-struct TrainJob<'a, B: Objective + Pretrained> {
-    setup: &'a Setup,
-    prepared: Prepared<B>,
-}
-
 /// Keeps the events for the picture.
 #[derive(Clone, Default)]
 struct Kept(Arc<Mutex<Vec<Event>>>);
@@ -326,106 +318,144 @@ fn scores(report: Report) -> Value {
     json!({"accuracy": report.accuracy(), "loss": report.loss, "perplexity": report.loss.exp()})
 }
 
-impl<B: Objective + Pretrained> Job for TrainJob<'_, B> {
-    type Output = Result<(), Failure>;
+/// What a method makes of what was asked for.
+struct Made {
+    name: &'static str,
+    faster: &'static [&'static str],
+    summary: Summary,
+    adapters: Adapters<AnyAdapter>,
+    guide: Guide<AnyAdapter>,
+    save: Box<dyn FnOnce(&Adapters<AnyAdapter>, &[(&str, Vec<u8>)]) -> Result<(), Failure>>,
+}
+
+/// Makes adapters for the places of a model; `steps` is how many the training will have.
+struct Make<'a> {
+    setup: &'a Setup,
+    saved: &'a [String],
+    sites: &'a Sites,
+    steps: usize,
+}
+
+impl Job for Make<'_> {
+    type Output = Result<Made, Failure>;
 
     fn run<T: Method>(self) -> Self::Output {
-        let (setup, prepared) = (self.setup, self.prepared);
-        let (device, out) = (&setup.device, &setup.out);
-        let method: T = configure(&setup.args, &setup.fields, &prepared.saved)?;
-        let method = method.planned(prepared.train.steps());
-        let base = Arc::new(prepared.loaded.model);
-        let sites = Sites::of(&*base, Some(B::OUTPUT));
-        let adapters = adapt(&sites, &method, setup.options.seed, &device.clone().autodiff())?;
-        let summary = Summary::new(&sites, &adapters);
-        tell(summary.to_string().trim_end());
-        let before = match (&prepared.test, setup.args.resume) {
-            (Some(test), false) => {
-                let report = evaluated(&*base, test, device, &Scope::new(&adapters.valid()));
-                tell(&format!(
-                    "before training: test loss {:.4}, accuracy {:.4}",
-                    report.loss,
-                    report.accuracy()
-                ));
-                Some(scores(report))
-            }
-            _ => None,
+        let Self { setup, saved, sites, steps } = self;
+        let method: T = configure(&setup.args, &setup.fields, saved)?;
+        let method = method.planned(steps);
+        let adapters = adapt(sites, &method, setup.options.seed, &setup.device.clone().autodiff())?;
+        let guide = Guide::of(&method, &adapters)?.erased();
+        let summary = Summary::new(sites, &adapters);
+        let erased = adapters.erased();
+        let (sites, out) = (sites.clone(), setup.out.clone());
+        let (task, model) = (setup.task.task_type(), setup.model.display().to_string());
+        let save = move |adapters: &Adapters<AnyAdapter>, beside: &[(&str, Vec<u8>)]| {
+            let Some(adapters) = adapters.typed() else {
+                return Err(Failure::new("the training returned another method's adapters"));
+            };
+            let mut config = AdapterConfig::new(method.finished(&adapters));
+            config.task_type = Some(task.into());
+            config.base_model_name_or_path = Some(model);
+            Ok(save_with(&out, &config, &sites, &adapters, beside)?)
         };
-
-        let stop = Arc::new(AtomicBool::new(false));
-        let flag = stop.clone();
-        // A second Ctrl-C ends at once, without a checkpoint.
-        let handler = move || {
-            if flag.swap(true, Ordering::Relaxed) {
-                std::process::exit(130);
-            }
-        };
-        if let Err(e) = ctrlc::set_handler(handler) {
-            log::warn!("Ctrl-C will end the run without a checkpoint: {e}");
-        }
-        let metrics = out.join("metrics.jsonl");
-        let from = match setup.args.resume {
-            true => Checkpoint::of(out).state()?.map(|state| state.step),
-            false => None,
-        };
-        let metrics_file = MetricsFile::open(&metrics, from)?;
-        let kept = Kept(Arc::new(Mutex::new(past_events(&metrics))));
-        let run = Run {
-            base: base.clone(),
-            device: device.clone(),
-            fingerprint: fingerprint(&setup.args, &setup.fields, prepared.train.steps())?,
-            train: prepared.train,
-            valid: prepared.valid,
-            options: setup.options.clone(),
-            faster: T::FASTER,
-            folder: Some(out.clone()),
-            resume: setup.args.resume,
-            stop,
-        };
-        let guide = Guide::of(&method, &adapters)?;
-        let fitted = run.fit(adapters, guide, (Console::new(), (metrics_file, kept.clone())))?;
-        let events = kept.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let title = format!("{} on {}", T::NAME, setup.model.display());
-        burn_peft::train::plot::draw(&out.join("training.svg"), &title, &events)?;
-        if fitted.interrupted {
-            return Err(Failure::Interrupted);
-        }
-
-        let after = prepared.test.as_ref().map(|test| {
-            scores(evaluated(&*base, test, device, &Scope::new(&fitted.adapters.valid())))
-        });
-        let mut beside = Vec::new();
-        if let Some(labels) = &prepared.labels {
-            beside.push((LABELS, json_bytes(LABELS, labels)?));
-        }
-        let (tokens, padded) = fitted.tokens;
-        let summary_json = json!({
-            "trainable_parameters": summary.trainable,
-            "total_parameters": summary.total,
-            "train_seconds": fitted.seconds,
-            "peak_memory_bytes": peak_memory(),
-            "before": before,
-            "after": after,
-            "steps": fitted.steps,
-            "best_step": fitted.best,
-            "epochs": setup.options.num_train_epochs,
-            "padding": 1.0 - tokens as f64 / padded.max(1) as f64,
-        });
-        beside.push((SUMMARY, json_bytes(SUMMARY, &summary_json)?));
-        let mut config = AdapterConfig::new(method.finished(&fitted.adapters));
-        config.task_type = Some(setup.task.task_type().into());
-        config.base_model_name_or_path = Some(setup.model.display().to_string());
-        save_with(out, &config, &sites, &fitted.adapters, &beside)?;
-        // The adapter is whole and in its place: the checkpoint has done its work.
-        Checkpoint::of(out).remove();
-        let mut text = format!("{} steps in {:.1} s", fitted.steps, fitted.seconds);
-        if let Some(after) = &after {
-            text += &format!(
-                "; test accuracy {:.4}, loss {:.4}",
-                after["accuracy"].as_f64().unwrap_or(f64::NAN),
-                after["loss"].as_f64().unwrap_or(f64::NAN)
-            );
-        }
-        print(&format!("{text}\nadapter in {}\n", out.display()))
+        let (name, faster) = (T::NAME, T::FASTER);
+        Ok(Made { name, faster, summary, adapters: erased, guide, save: Box::new(save) })
     }
+}
+
+fn finish<B: Objective + Pretrained>(setup: &Setup, prepared: Prepared<B>) -> Result<(), Failure> {
+    let (device, out) = (&setup.device, &setup.out);
+    let base = Arc::new(prepared.loaded.model);
+    let sites = Sites::of(&*base, Some(B::OUTPUT));
+    let name = setup.args.method.as_deref().unwrap_or("lora");
+    let steps = prepared.train.steps();
+    let made = with_method(name, Make { setup, saved: &prepared.saved, sites: &sites, steps })??;
+    let Made { name, faster, summary, adapters, guide, save } = made;
+    tell(summary.to_string().trim_end());
+    let before = match (&prepared.test, setup.args.resume) {
+        (Some(test), false) => {
+            let report = evaluated(&*base, test, device, &Scope::new(&adapters.valid()));
+            tell(&format!(
+                "before training: test loss {:.4}, accuracy {:.4}",
+                report.loss,
+                report.accuracy()
+            ));
+            Some(scores(report))
+        }
+        _ => None,
+    };
+
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    // A second Ctrl-C ends at once, without a checkpoint.
+    let handler = move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+    };
+    if let Err(e) = ctrlc::set_handler(handler) {
+        log::warn!("Ctrl-C will end the run without a checkpoint: {e}");
+    }
+    let metrics = out.join("metrics.jsonl");
+    let from = match setup.args.resume {
+        true => Checkpoint::of(out).state()?.map(|state| state.step),
+        false => None,
+    };
+    let metrics_file = MetricsFile::open(&metrics, from)?;
+    let kept = Kept(Arc::new(Mutex::new(past_events(&metrics))));
+    let run = Run {
+        base: base.clone(),
+        device: device.clone(),
+        fingerprint: fingerprint(&setup.args, &setup.fields, steps)?,
+        train: prepared.train,
+        valid: prepared.valid,
+        options: setup.options.clone(),
+        faster,
+        folder: Some(out.clone()),
+        resume: setup.args.resume,
+        stop,
+    };
+    let observer = Box::new((Console::new(), (metrics_file, kept.clone())));
+    let fitted = run.fit_any(adapters, guide, observer)?;
+    let events = kept.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let title = format!("{name} on {}", setup.model.display());
+    burn_peft::train::plot::draw(&out.join("training.svg"), &title, &events)?;
+    if fitted.interrupted {
+        return Err(Failure::Interrupted);
+    }
+
+    let after = prepared
+        .test
+        .as_ref()
+        .map(|test| scores(evaluated(&*base, test, device, &Scope::new(&fitted.adapters.valid()))));
+    let mut beside = Vec::new();
+    if let Some(labels) = &prepared.labels {
+        beside.push((LABELS, json_bytes(LABELS, labels)?));
+    }
+    let (tokens, padded) = fitted.tokens;
+    let summary_json = json!({
+        "trainable_parameters": summary.trainable,
+        "total_parameters": summary.total,
+        "train_seconds": fitted.seconds,
+        "peak_memory_bytes": peak_memory(),
+        "before": before,
+        "after": after,
+        "steps": fitted.steps,
+        "best_step": fitted.best,
+        "epochs": setup.options.num_train_epochs,
+        "padding": 1.0 - tokens as f64 / padded.max(1) as f64,
+    });
+    beside.push((SUMMARY, json_bytes(SUMMARY, &summary_json)?));
+    save(&fitted.adapters, &beside)?;
+    // The adapter is whole and in its place: the checkpoint has done its work.
+    Checkpoint::of(out).remove();
+    let mut text = format!("{} steps in {:.1} s", fitted.steps, fitted.seconds);
+    if let Some(after) = &after {
+        text += &format!(
+            "; test accuracy {:.4}, loss {:.4}",
+            after["accuracy"].as_f64().unwrap_or(f64::NAN),
+            after["loss"].as_f64().unwrap_or(f64::NAN)
+        );
+    }
+    print(&format!("{text}\nadapter in {}\n", out.display()))
 }

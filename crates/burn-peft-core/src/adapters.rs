@@ -16,8 +16,8 @@ use std::sync::Arc;
 /// Everything that was trained over one model: a method's adapters, and trained copies of layers
 /// (`modules_to_save`, biases), each by the path of its place.
 ///
-/// A Burn [`Module`] whose parameters are exactly the trained ones, so that an optimizer, a record
-/// or a checkpoint of it never meets the base model. As an [`Overlay`] it lies fully (strength 1)
+/// A Burn [`Module`] whose parameters are the trained ones, and the [`Buffer`](crate::Buffer)s of its
+/// method's policy, so that an optimizer, a record or a checkpoint of it never meets the base model. As an [`Overlay`] it lies fully (strength 1)
 /// over the model.
 ///
 /// A parameter that several places share (one id in several adapters) is visited, updated and
@@ -160,6 +160,23 @@ impl<A: Module + ModuleDisplay> Adapters<A> {
         self
     }
 
+    /// The same places with another adapter at each; `None` where one is not to be had.
+    pub(crate) fn try_with<B: Module + ModuleDisplay>(
+        &self,
+        make: impl Fn(&A) -> Option<B>,
+    ) -> Option<Adapters<B>> {
+        let layers = self.parts.layers.iter().map(make).collect::<Option<_>>()?;
+        let parts = Parts { layers, copies: self.parts.copies.clone() };
+        Some(Adapters { parts, index: self.index.clone() })
+    }
+
+    /// The same places with another adapter at each.
+    pub(crate) fn with<B: Module + ModuleDisplay>(&self, make: impl Fn(&A) -> B) -> Adapters<B> {
+        let layers = self.parts.layers.iter().map(make).collect();
+        let parts = Parts { layers, copies: self.parts.copies.clone() };
+        Adapters { parts, index: self.index.clone() }
+    }
+
     /// Takes the values of parameters with the same id out of `trained`: the way back from a model
     /// that was trained with these adapters [attached](crate::attach).
     pub fn updated_from<M: Module>(self, trained: &M) -> Self {
@@ -242,6 +259,8 @@ pub trait Folds {
     fn fold_bias(&self, path: &str, b: &Tensor<1>) -> Option<Tensor<1>>;
     /// Whether the adapter at `path` has a bias of its own.
     fn brings_bias(&self, path: &str) -> bool;
+    /// The trained copy of the layer at `path`, whose difference is in the others' answers.
+    fn trained_copy(&self, path: &str) -> Option<&TrainedCopy>;
     /// The first place, if any, with a parameter that is NaN or infinite.
     fn broken(&self) -> Option<String>;
     /// Paths of all places that change.
@@ -296,6 +315,10 @@ impl<A: Module + ModuleDisplay + Fold> Folds for Adapters<A> {
         self.get(path).is_some_and(Fold::brings_bias)
     }
 
+    fn trained_copy(&self, path: &str) -> Option<&TrainedCopy> {
+        self.copy(path)
+    }
+
     fn broken(&self) -> Option<String> {
         first_broken(self)
     }
@@ -338,6 +361,10 @@ impl<T: Method> Folds for Folded<'_, T> {
 
     fn brings_bias(&self, path: &str) -> bool {
         self.fold(path).is_some_and(Fold::brings_bias)
+    }
+
+    fn trained_copy(&self, path: &str) -> Option<&TrainedCopy> {
+        self.0.copy(path)
     }
 
     fn broken(&self) -> Option<String> {

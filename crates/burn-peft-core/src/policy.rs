@@ -9,16 +9,34 @@ use serde_json::Value as Json;
 use std::fmt;
 
 /// A method's rule for what happens between steps, with what it knows so far. Steps count from 1.
+///
+/// What it changes of the adapters is a trained parameter or a [`Buffer`](crate::Buffer): anything else
+/// would not come back from a checkpoint.
 pub trait Policy<A: Module + ModuleDisplay>: Send {
-    /// Sees the gradients of a step, before the optimizer makes it.
-    fn observe(&mut self, step: usize, adapters: &Adapters<A>, gradients: &GradientsParams);
+    /// Sees the gradients of a step, clipped, and says which the optimizer gets: a parameter without one
+    /// keeps its value.
+    fn gradients(
+        &mut self,
+        step: usize,
+        adapters: &Adapters<A>,
+        gradients: GradientsParams,
+    ) -> GradientsParams {
+        let _ = (step, adapters);
+        gradients
+    }
 
-    /// The adapters as they go on after the optimizer's step; `None` where they stay as they are.
+    /// The adapters as they go on after the optimizer's step at this learning rate, with the same
+    /// parameter ids, or new ones for parameters whose optimizer state shall begin anew; `None` where
+    /// they stay as they are. Step 0 is before the first, at rate 0.
     ///
     /// # Errors
     /// What the method cannot work with.
-    fn adjust(&mut self, step: usize, adapters: &Adapters<A>)
-    -> Result<Option<Adapters<A>>, Error>;
+    fn adjust(
+        &mut self,
+        step: usize,
+        learning_rate: f64,
+        adapters: &Adapters<A>,
+    ) -> Result<Option<Adapters<A>>, Error>;
 
     /// What a checkpoint holds.
     ///

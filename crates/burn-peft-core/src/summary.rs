@@ -1,9 +1,10 @@
 //! What is trained, where, and how much of the whole that is.
 
-use crate::{Adapter, Adapters, Sites};
-use burn::module::{Module, ModuleDisplay, ModuleVisitor, Param, ParamId};
-use burn::tensor::Tensor;
-use std::collections::{BTreeMap, BTreeSet};
+use crate::buffer::Count;
+use crate::{Adapter, Adapters, Sites, trained_parameters};
+use burn::module::Module;
+use burn::module::ModuleDisplay;
+use std::collections::BTreeMap;
 use std::fmt;
 
 /// Trainable and total parameters, and the adapted layers grouped by name.
@@ -21,7 +22,7 @@ impl Summary {
     /// Of adapters over a model with these sites.
     pub fn new<A: Module + ModuleDisplay + Adapter>(sites: &Sites, adapters: &Adapters<A>) -> Self {
         let mut groups: BTreeMap<String, (usize, usize)> = BTreeMap::new();
-        let mut counted = Counted::default();
+        let mut counted = Count::default();
         let mut add = |path: &str, suffix: &str, count: usize| {
             let name = format!("{}{suffix}", blocks_as_star(path));
             let group = groups.entry(name).or_default();
@@ -34,7 +35,7 @@ impl Summary {
         for (path, copy) in adapters.copies() {
             add(path, " (trained copy)", counted.more(copy));
         }
-        let trainable = Module::num_params(adapters);
+        let trainable = trained_parameters(adapters);
         Self {
             trainable,
             total: sites.parameters + trainable,
@@ -45,29 +46,6 @@ impl Summary {
     /// Trained share in percent.
     pub fn percent(&self) -> f64 {
         100.0 * self.trainable as f64 / self.total.max(1) as f64
-    }
-}
-
-/// Counts parameters, those that several places share once, at the first.
-#[derive(Default)]
-struct Counted {
-    met: BTreeSet<ParamId>,
-    count: usize,
-}
-
-impl Counted {
-    fn more<M: Module>(&mut self, module: &M) -> usize {
-        let before = self.count;
-        module.visit(self);
-        self.count - before
-    }
-}
-
-impl ModuleVisitor for Counted {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if self.met.insert(param.id) {
-            self.count += param.dims().iter().product::<usize>();
-        }
     }
 }
 

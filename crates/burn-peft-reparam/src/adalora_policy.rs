@@ -278,15 +278,15 @@ impl RankPolicy {
 }
 
 impl Policy<AdaLoraAdapter> for RankPolicy {
-    fn observe(
+    fn gradients(
         &mut self,
         step: usize,
         adapters: &Adapters<AdaLoraAdapter>,
-        gradients: &GradientsParams,
-    ) {
+        gradients: GradientsParams,
+    ) -> GradientsParams {
         self.gradients.clear();
         if !self.observes(step) {
-            return;
+            return gradients;
         }
         for (path, adapter) in adapters.iter() {
             let Some(Triplets { lora_a, lora_e, lora_b }) = &adapter.triplets else { continue };
@@ -299,14 +299,19 @@ impl Policy<AdaLoraAdapter> for RankPolicy {
                 self.gradients.insert(path.to_owned(), (a, e, b));
             }
         }
+        gradients
     }
 
     /// As in HF PEFT, the gradients count with what the optimizer made of the triplets.
     fn adjust(
         &mut self,
         step: usize,
+        _learning_rate: f64,
         adapters: &Adapters<AdaLoraAdapter>,
     ) -> Result<Option<Adapters<AdaLoraAdapter>>, Error> {
+        if step == 0 {
+            return Ok(None);
+        }
         for (path, (a, e, b)) in std::mem::take(&mut self.gradients) {
             if let Some(triplets) = adapters.get(&path).and_then(|a| a.triplets.as_ref()) {
                 self.learn(&path, triplets, (&a, &e, &b));

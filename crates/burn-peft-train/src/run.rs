@@ -17,7 +17,7 @@ use burn::train::{
     SupervisedTrainingEventProcessor, TrainLoader, TrainingComponents, TrainingStrategy,
     ValidLoader,
 };
-use burn_peft_core::{Adapter, Adapters, Guide, Policy};
+use burn_peft_core::{Adapter, Adapters, AnyAdapter, Guide, Policy};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -72,14 +72,32 @@ impl<B: Objective> Run<B> {
     /// written, or one of another run.
     pub fn fit<A, O>(
         self,
-        adapters: Adapters<A>,
-        mut guide: Guide<A>,
+        adapters: &Adapters<A>,
+        guide: Guide<A>,
         observer: O,
     ) -> Result<Fitted<A>, TrainError>
     where
-        A: Module + ModuleDisplay + Adapter + Sync + 'static,
+        A: Module + ModuleDisplay + Adapter + 'static,
         O: Observer + 'static,
     {
+        let fitted = self.fit_any(adapters.erased(), guide.erased(), Box::new(observer))?;
+        let Some(adapters) = fitted.adapters.typed() else {
+            return Err(TrainError::option("train", "the adapters came back as another method's"));
+        };
+        let Fitted { steps, seconds, best, interrupted, tokens, .. } = fitted;
+        Ok(Fitted { adapters, steps, seconds, best, interrupted, tokens })
+    }
+
+    /// [`Run::fit`] for adapters whose method is known at run time only.
+    ///
+    /// # Errors
+    /// As [`Run::fit`].
+    pub fn fit_any(
+        self,
+        adapters: Adapters<AnyAdapter>,
+        guide: Guide<AnyAdapter>,
+        observer: Box<dyn Observer>,
+    ) -> Result<Fitted<AnyAdapter>, TrainError> {
         self.options.check()?;
         if self.valid.is_empty() {
             for (option, asked) in [
@@ -99,21 +117,18 @@ impl<B: Objective> Run<B> {
             max_grad_norm: self.options.max_grad_norm,
             seed: self.options.seed,
         };
-        if let (Some(policy), Some(state)) = (&mut guide.policy, &state.policy) {
+        let model = Tuned::new(self.base.clone(), adapters, settings).guided(&guide);
+        let mut policy = guide.policy;
+        if let (Some(policy), Some(state)) = (&mut policy, &state.policy) {
             policy.resume(state.clone(), &self.device)?;
         }
-        let model = Tuned::new(self.base.clone(), adapters, settings).guided(&guide);
         let optimizer = adamw(&model, &self.options, self.faster);
         let schedule = Warmup::new(&self.options, self.train.steps());
         let scheduler = ModuleLrScheduler::new(schedule);
         let learner = Learner::new(model, optimizer, scheduler);
 
         let actions = Actions::default();
-        let shared = Arc::new(Mutex::new(Shared {
-            outcome: None,
-            observer: Box::new(observer) as Box<dyn Observer>,
-            policy: guide.policy,
-        }));
+        let shared = Arc::new(Mutex::new(Shared { outcome: None, observer, policy }));
         let resumed = state.step;
         let strategy = Loop {
             options: self.options,
@@ -181,13 +196,15 @@ impl<B: Objective> Run<B> {
 
 type Outcome = Result<(State, (usize, usize), bool), TrainError>;
 
-struct Shared<A: Module + ModuleDisplay> {
+type AnyPolicy = Box<dyn Policy<AnyAdapter>>;
+
+struct Shared {
     outcome: Option<Outcome>,
     observer: Box<dyn Observer>,
-    policy: Option<Box<dyn Policy<A>>>,
+    policy: Option<AnyPolicy>,
 }
 
-struct Loop<A: Module + ModuleDisplay> {
+struct Loop {
     options: Options,
     /// In the run, and in an epoch.
     steps: (usize, usize),
@@ -195,32 +212,28 @@ struct Loop<A: Module + ModuleDisplay> {
     checkpoint: Option<Checkpoint>,
     actions: Actions,
     stop: Arc<AtomicBool>,
-    shared: Arc<Mutex<Shared<A>>>,
+    shared: Arc<Mutex<Shared>>,
 }
 
 /// What the loop carries from step to step.
-struct Progress<M, A: Module + ModuleDisplay> {
+struct Progress<M> {
     state: State,
-    policy: Option<Box<dyn Policy<A>>>,
+    policy: Option<AnyPolicy>,
     best: Option<M>,
     window_began: Instant,
     began: Instant,
     tokens: (usize, usize),
 }
 
-impl<B, A> SupervisedLearningStrategy<Tuned<B, A>> for Loop<A>
-where
-    B: Objective,
-    A: Module + ModuleDisplay + Adapter + Sync + 'static,
-{
+impl<B: Objective> SupervisedLearningStrategy<Tuned<B>> for Loop {
     fn fit(
         &self,
-        mut parts: TrainingComponents<Tuned<B, A>>,
-        mut learner: Learner<Tuned<B, A>>,
-        train: TrainLoader<Tuned<B, A>>,
-        valid: ValidLoader<Tuned<B, A>>,
+        mut parts: TrainingComponents<Tuned<B>>,
+        mut learner: Learner<Tuned<B>>,
+        train: TrainLoader<Tuned<B>>,
+        valid: ValidLoader<Tuned<B>>,
         _starting_epoch: usize,
-    ) -> (Tuned<B, A>, SupervisedTrainingEventProcessor<Tuned<B, A>>) {
+    ) -> (Tuned<B>, SupervisedTrainingEventProcessor<Tuned<B>>) {
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         let Shared { outcome, observer, policy } = &mut *shared;
         let mut progress = Progress {
@@ -240,14 +253,14 @@ where
     }
 }
 
-impl<A: Module + ModuleDisplay + Adapter + Sync + 'static> Loop<A> {
+impl Loop {
     fn train<B>(
         &self,
-        parts: &mut TrainingComponents<Tuned<B, A>>,
-        learner: &mut Learner<Tuned<B, A>>,
-        train: &TrainLoader<Tuned<B, A>>,
-        valid: &ValidLoader<Tuned<B, A>>,
-        at: &mut Progress<Tuned<B, A>, A>,
+        parts: &mut TrainingComponents<Tuned<B>>,
+        learner: &mut Learner<Tuned<B>>,
+        train: &TrainLoader<Tuned<B>>,
+        valid: &ValidLoader<Tuned<B>>,
+        at: &mut Progress<Tuned<B>>,
         observer: &mut dyn Observer,
     ) -> Result<bool, TrainError>
     where
@@ -257,6 +270,9 @@ impl<A: Module + ModuleDisplay + Adapter + Sync + 'static> Loop<A> {
         observer.start(at.state.step, total);
         if let (Some((step, _)), Some(checkpoint)) = (at.state.best, &self.checkpoint) {
             at.best = Some(checkpoint.load_best(step, learner.model())?);
+        }
+        if at.state.step == 0 {
+            adjust(&mut at.policy, learner, 0, 0.0)?;
         }
         for step in train.iter().skip(at.state.step) {
             let Ok(step) = step else { break };
@@ -273,18 +289,14 @@ impl<A: Module + ModuleDisplay + Adapter + Sync + 'static> Loop<A> {
             };
             finite("the loss", report.loss)?;
             finite("the gradients' norm", report.grad_norm)?;
-            if let Some(policy) = &mut at.policy {
-                policy.observe(index + 1, &learner.model().adapters, &output.grads);
-            }
-            learner.optimizer_step(output.grads);
-            if let Some(policy) = &mut at.policy
-                && let Some(adapters) = policy.adjust(index + 1, &learner.model().adapters)?
-            {
-                // By a record, which keeps the parameters' ids and with them the optimizer's state.
-                let mut model = learner.model();
-                model.adapters = adapters;
-                learner.load_model(model.into_record());
-            }
+            let grads = match &mut at.policy {
+                Some(policy) => {
+                    policy.gradients(index + 1, &learner.model().adapters, output.grads)
+                }
+                None => output.grads,
+            };
+            learner.optimizer_step(grads);
+            adjust(&mut at.policy, learner, index + 1, rate)?;
             at.state.step = index + 1;
             at.state.window = at.state.window.and(report);
             at.tokens.0 += report.tokens;
@@ -332,9 +344,9 @@ impl<A: Module + ModuleDisplay + Adapter + Sync + 'static> Loop<A> {
 
     fn evaluate<B>(
         &self,
-        learner: &Learner<Tuned<B, A>>,
-        valid: &ValidLoader<Tuned<B, A>>,
-        at: &mut Progress<Tuned<B, A>, A>,
+        learner: &Learner<Tuned<B>>,
+        valid: &ValidLoader<Tuned<B>>,
+        at: &mut Progress<Tuned<B>>,
         epoch: f64,
         observer: &mut dyn Observer,
     ) -> Result<f64, TrainError>
@@ -371,9 +383,9 @@ impl<A: Module + ModuleDisplay + Adapter + Sync + 'static> Loop<A> {
 
     fn save<B>(
         &self,
-        parts: &mut TrainingComponents<Tuned<B, A>>,
-        learner: &Learner<Tuned<B, A>>,
-        at: &Progress<Tuned<B, A>, A>,
+        parts: &mut TrainingComponents<Tuned<B>>,
+        learner: &Learner<Tuned<B>>,
+        at: &Progress<Tuned<B>>,
     ) -> Result<(), TrainError>
     where
         B: Objective,
@@ -406,6 +418,23 @@ impl<A: Module + ModuleDisplay + Adapter + Sync + 'static> Loop<A> {
     }
 }
 
+/// Lets the policy change the adapters: by a record, which brings the parameters' ids and so the
+/// optimizer's state.
+fn adjust<B: Objective>(
+    policy: &mut Option<AnyPolicy>,
+    learner: &mut Learner<Tuned<B>>,
+    step: usize,
+    rate: f64,
+) -> Result<(), TrainError> {
+    let Some(policy) = policy else { return Ok(()) };
+    let mut model = learner.model();
+    if let Some(adapters) = policy.adjust(step, rate, &model.adapters)? {
+        model.adapters = adapters;
+        learner.load_model(model.into_record());
+    }
+    Ok(())
+}
+
 /// Sum of the sizes of everything that is trained: no number if one of them is none.
 fn size<M: Module>(module: &M) -> f64 {
     struct Sum(f64);
@@ -420,11 +449,7 @@ fn size<M: Module>(module: &M) -> f64 {
     sum.0
 }
 
-fn train_event<M, A: Module + ModuleDisplay>(
-    at: &Progress<M, A>,
-    epoch: f64,
-    learning_rate: f64,
-) -> Event {
+fn train_event<M>(at: &Progress<M>, epoch: f64, learning_rate: f64) -> Event {
     let seconds = at.window_began.elapsed().as_secs_f64().max(1e-9);
     let padded = at.state.window.padded.max(1) as f64;
     Event::Train {

@@ -1,13 +1,12 @@
 //! A frozen base with adapters over it, as burn-train's learner wants a model.
 
 use crate::optim::clip;
-use burn::module::{Module, ModuleDisplay};
+use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Device, ExecutionError, Int, Tensor};
 use burn::train::{InferenceStep, ItemLazy, TrainOutput, TrainStep};
-use burn_peft_core::{Adapter, Adapters, Guide, Scope};
+use burn_peft_core::{Adapters, AnyAdapter, Guide, Scope};
 use serde::{Deserialize, Serialize};
-use std::any::Any;
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -104,26 +103,27 @@ pub struct StepSettings {
 }
 
 /// A frozen base with adapters over it. Its parameters, and so its checkpoint, are the adapters'.
+///
+/// The adapters' type is erased: a method is compiled once, and not once for each model and its training.
 #[derive(Module, Debug)]
-pub struct Tuned<B: Objective, A: Module + ModuleDisplay> {
+pub struct Tuned<B: Objective> {
     /// The base model, on the plain device. To Burn it is no part of this module, so that an
     /// optimizer, a gradient or a checkpoint never meets it.
     #[module(skip)]
     pub base: Arc<B>,
     /// What is trained.
-    pub adapters: Adapters<A>,
+    pub adapters: Adapters<AnyAdapter>,
     #[module(skip)]
     settings: StepSettings,
     #[module(skip)]
     penalty: Penalty,
 }
 
-/// What the method adds to the loss of the adapters, whose type Burn's derive wants nowhere but in a
-/// module.
+/// What the method adds to the loss.
 #[derive(Clone)]
 struct Penalty(Option<Arc<Term>>);
 
-type Term = dyn Fn(&dyn Any) -> Option<Tensor<1>> + Send + Sync;
+type Term = dyn Fn(&Adapters<AnyAdapter>) -> Option<Tensor<1>> + Send + Sync;
 
 impl Debug for Penalty {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -131,22 +131,15 @@ impl Debug for Penalty {
     }
 }
 
-impl<B: Objective, A: Module + ModuleDisplay + Adapter> Tuned<B, A> {
-    /// Lays `adapters` over `base`.
-    pub fn new(base: Arc<B>, adapters: Adapters<A>, settings: StepSettings) -> Self {
+impl<B: Objective> Tuned<B> {
+    /// Lays [erased](Adapters::erased) adapters over `base`.
+    pub fn new(base: Arc<B>, adapters: Adapters<AnyAdapter>, settings: StepSettings) -> Self {
         Self { base, adapters, settings, penalty: Penalty(None) }
     }
 
     /// With what the method adds to the loss of a step.
-    pub fn guided(self, guide: &Guide<A>) -> Self
-    where
-        A: 'static,
-    {
-        let of = guide.penalty.clone().map(|penalty| {
-            let of = move |any: &dyn Any| penalty(any.downcast_ref::<Adapters<A>>()?);
-            Arc::new(of) as Arc<Term>
-        });
-        Self { penalty: Penalty(of), ..self }
+    pub fn guided(self, guide: &Guide<AnyAdapter>) -> Self {
+        Self { penalty: Penalty(guide.penalty.clone()), ..self }
     }
 
     /// Loss and accuracy on one batch, without gradients.
@@ -175,7 +168,7 @@ pub fn measure<B: Objective>(
     }
 }
 
-impl<B: Objective, A: Module + ModuleDisplay + Adapter + Sync + 'static> TrainStep for Tuned<B, A> {
+impl<B: Objective> TrainStep for Tuned<B> {
     type Input = Step<B::Batch>;
     type Output = Report;
 
@@ -209,9 +202,7 @@ impl<B: Objective, A: Module + ModuleDisplay + Adapter + Sync + 'static> TrainSt
     }
 }
 
-impl<B: Objective, A: Module + ModuleDisplay + Adapter + Sync + 'static> InferenceStep
-    for Tuned<B, A>
-{
+impl<B: Objective> InferenceStep for Tuned<B> {
     type Input = B::Batch;
     type Output = Report;
 

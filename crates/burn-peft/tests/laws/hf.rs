@@ -1,12 +1,9 @@
 //! HF PEFT's own files and numbers (`interop/fixtures.py`): its adapters load here and give its
 //! logits, and what is written here is what it wrote.
 
-use crate::probe::{close, values};
-use burn::module::{Module, ModuleMapper, Param};
-use burn::nn::conv::{Conv1d, Conv1dConfig, Conv2d, Conv2dConfig};
-use burn::nn::{Linear, LinearConfig, PaddingConfig2d};
-use burn::tensor::activation::relu;
-use burn::tensor::{Device, Tensor};
+use crate::probe::values;
+use burn::nn::LinearConfig;
+use burn::tensor::Device;
 use burn_peft::core::{
     AdapterConfig, Adapters, Method, Scope, Sites, TensorFile, load, merge, save,
 };
@@ -139,7 +136,7 @@ fn bert_adapters_of_hf_peft() {
     let folder = std::fs::read_dir(fixtures().join("adapters")).expect("is committed");
     for entry in folder.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        if name.starts_with("llama") || name == "cnn" {
+        if name.starts_with("llama") {
             continue;
         }
         let adapters = same_file::<Lora>(&entry.path(), &sites);
@@ -171,74 +168,6 @@ pub(crate) fn kept(all: &[f32], tokens: &Tokens) -> Vec<f32> {
     let width = all.len() / tokens.mask.len();
     let rows = all.chunks(width).zip(&tokens.mask).filter(|(_, kept)| **kept != 0);
     rows.flat_map(|(row, _)| row.to_vec()).collect()
-}
-
-#[derive(Module, Debug)]
-struct Cnn {
-    conv1: Conv2d,
-    conv2: Conv1d,
-    head: Linear,
-}
-
-impl Cnn {
-    fn forward(&self, x: Tensor<4>, cx: &Scope<'_>) -> Tensor<2> {
-        let h = relu(cx.at("conv1").conv2d(&self.conv1, x));
-        let [batch, channels, height, width] = h.dims();
-        let h = h.reshape([batch, channels, height * width]);
-        let h = relu(cx.at("conv2").conv1d(&self.conv2, h));
-        cx.at("head").linear(&self.head, h.mean_dim(2).squeeze_dim(2))
-    }
-}
-
-/// PyTorch's weights into Burn's layers.
-struct FromFile<'a> {
-    file: &'a mut TensorFile,
-    stack: Vec<String>,
-}
-
-impl ModuleMapper for FromFile<'_> {
-    fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.stack.push(name.to_owned());
-    }
-    fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.stack.pop();
-    }
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let mut shape = param.dims();
-        if D == 2 {
-            shape.reverse();
-        }
-        let name = format!("base.{}", self.stack.join("."));
-        let tensor = self.file.take(&name, shape, &device()).expect("is in the file");
-        Param::initialized(param.id, if D == 2 { tensor.transpose() } else { tensor })
-    }
-}
-
-#[test]
-fn convolution_adapters_of_hf_peft() {
-    let folder = fixtures().join("adapters/cnn");
-    let mut golden = open(folder.join("golden.safetensors"));
-    let device = device();
-    let conv1 = Conv2dConfig::new([3, 6], [3, 3]).with_stride([2, 2]);
-    let model = Cnn {
-        conv1: conv1.with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1)).init(&device),
-        conv2: Conv1dConfig::new(6, 8, 2).with_stride(2).init(&device),
-        head: LinearConfig::new(8, 4).init(&device),
-    };
-    let model = model.map(&mut FromFile { file: &mut golden, stack: Vec::new() });
-    let sites = Sites::of(&model, None);
-    let x = golden.take("x", [2, 3, 8, 8], &device).expect("is in the file");
-    near(
-        &values(model.forward(x.clone(), &Scope::plain())),
-        &floats(&mut golden, "before"),
-        "base",
-    );
-    let adapters = same_file::<Lora>(&folder, &sites);
-    let expected = floats(&mut golden, "logits");
-    let found = values(model.forward(x.clone(), &Scope::new(&adapters)));
-    near(&found, &expected, "cnn");
-    let merged = merge(&model, &[(&adapters, 1.0)]).expect("is finite");
-    close(&values(merged.forward(x, &Scope::plain())), &found, "merged");
 }
 
 #[test]

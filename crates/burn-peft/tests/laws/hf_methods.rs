@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Reads, writes again, and compares the files.
-struct SameFile<'a>(&'a Path, &'a Sites);
+pub(crate) struct SameFile<'a>(pub(crate) &'a Path, pub(crate) &'a Sites);
 
 impl Job for SameFile<'_> {
     type Output = ();

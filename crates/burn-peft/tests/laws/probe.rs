@@ -7,7 +7,7 @@ use burn::nn::{
 };
 use burn::tensor::activation::relu;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_peft::core::{Kind, Method, Names, Scope, Sites, Targets};
+use burn_peft::core::{Kind, Method, Names, Scope, Sites, Targets, Trained};
 
 const VOCAB: usize = 11;
 const WIDTH: usize = 8;
@@ -93,14 +93,17 @@ pub(crate) fn targets<T: Method>(sites: &Sites) -> [Targets; 2] {
 }
 
 /// Gives every parameter values drawn from a seed.
+///
+/// A policy's buffers keep theirs: a mask is no number like any other.
 pub(crate) struct Drawn {
     state: u64,
     size: f32,
+    trained: Trained,
 }
 
 impl Drawn {
     pub(crate) fn new(seed: u64, size: f32) -> Self {
-        Self { state: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15), size }
+        Self { state: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15), size, trained: Trained::default() }
     }
 
     fn next(&mut self) -> f32 {
@@ -112,7 +115,18 @@ impl Drawn {
 }
 
 impl ModuleMapper for Drawn {
+    fn enter_module(&mut self, _name: &str, container_type: &str) {
+        self.trained.enter(container_type);
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.trained.exit();
+    }
+
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if !self.trained.here() {
+            return param;
+        }
         let shape = param.dims();
         let count = shape.iter().product();
         let values: Vec<f32> = (0..count).map(|_| self.next()).collect();
@@ -129,13 +143,23 @@ pub(crate) fn fresh<const D: usize>(
     Param::initialized(param.id, leaf.val())
 }
 
-/// All parameters' values, by the order of the module.
+/// All trained parameters' values, by the order of the module.
 #[derive(Default)]
-pub(crate) struct Values(Vec<Vec<f32>>);
+pub(crate) struct Values(Vec<Vec<f32>>, Trained);
 
 impl ModuleVisitor for Values {
+    fn enter_module(&mut self, _name: &str, container_type: &str) {
+        self.1.enter(container_type);
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.1.exit();
+    }
+
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        self.0.push(values(param.base()));
+        if self.1.here() {
+            self.0.push(values(param.base()));
+        }
     }
 }
 
