@@ -3,14 +3,16 @@
 
 use crate::adalora_policy::{RankPolicy, orthogonality};
 use crate::common::{Bias, drop, finite, number, positive, probability};
+use crate::importance::check_betas;
 use crate::init::Init;
 use crate::random::normal;
+use crate::rank_mask::{cut, kept};
 use burn::module::{Module, Param};
 use burn::nn::conv::Conv2d;
 use burn::nn::{Dropout, DropoutConfig, Linear};
 use burn::tensor::module::{conv2d, linear};
 use burn::tensor::ops::ConvOptions;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{
     Adapter, Adapters, Biases, Error, Fold, Kind, Method, PlaceTensors, Policy, Site, Targets,
 };
@@ -159,15 +161,7 @@ impl AdaLora {
     /// Indices of the triplets that are left at `path`.
     fn kept(&self, path: &str) -> Result<Vec<i32>, Error> {
         let mask = self.rank_pattern.as_ref().and_then(|all| all.get(&format!("{path}.lora_E")));
-        let Some(mask) = mask else {
-            return Ok((0..self.init_r as i32).collect());
-        };
-        if mask.len() != self.init_r {
-            let (expected, found) = (self.init_r, mask.len());
-            let reason = format!("expected init_r = {expected} values for {path}, found {found}");
-            return Err(Error::config("rank_pattern", reason));
-        }
-        Ok((0..).zip(mask).filter_map(|(index, kept)| kept.then_some(index)).collect())
+        kept("rank_pattern", mask, self.init_r, path)
     }
 
     fn rank(&self, site: &Site) -> Result<usize, Error> {
@@ -248,12 +242,7 @@ impl Method for AdaLora {
                 format!("expected at most init_r = {}, found {}", self.init_r, self.target_r);
             return Err(Error::config("target_r", reason));
         }
-        for (field, beta) in [("beta1", self.beta1), ("beta2", self.beta2)] {
-            if !(beta > 0.0 && beta < 1.0) {
-                let reason = format!("expected a number between 0 and 1, found {beta}");
-                return Err(Error::config(field, reason));
-            }
-        }
+        check_betas(self.beta1, self.beta2)?;
         finite("orth_reg_weight", self.orth_reg_weight)?;
         if self.orth_reg_weight < 0.0 {
             let reason = format!("expected 0 or more, found {}", self.orth_reg_weight);
@@ -364,15 +353,8 @@ impl Method for AdaLora {
                 ("lora_B", none([site.fan_out(), 0])),
             ];
         };
-        let (mut a, mut e, mut b) = (lora_a.val(), lora_e.val(), lora_b.val());
-        if kept.len() < e.dims()[0] {
-            // Masked in training and not yet cut out.
-            let kept = TensorData::new(kept.clone(), [kept.len()]);
-            let kept = Tensor::<1, Int>::from_data(kept, &e.device().inner());
-            a = a.inner().select(1, kept.clone());
-            e = e.inner().select(0, kept.clone());
-            b = b.inner().select(0, kept);
-        }
+        let (a, b) = (cut(lora_a.val(), 1, &kept), cut(lora_b.val(), 0, &kept));
+        let e = cut(lora_e.val(), 0, &kept);
         vec![
             ("lora_A", a.transpose().into_data()), // (r, fan_in), as PyTorch stores it
             ("lora_E", e.unsqueeze_dim::<2>(1).into_data()),

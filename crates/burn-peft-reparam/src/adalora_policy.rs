@@ -2,7 +2,10 @@
 //! `update_and_allocate`.
 
 use crate::adalora::{AdaLora, AdaLoraAdapter, Triplets};
-use burn::module::Param;
+use crate::importance::{
+    Importances, ImportancesState, TripletGradients, cubic_left, gradients_of, off_orthogonal,
+    renewed,
+};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{Adapters, Error, Policy};
@@ -43,73 +46,10 @@ impl Budget {
         if step >= self.end() {
             return (self.target, true);
         }
-        let left = 1.0 - (step - self.tinit) as f64 / (self.end() - self.tinit) as f64;
+        let left = cubic_left(step, self.tinit, self.end());
         let more = self.initial.saturating_sub(self.target) as f64;
-        let budget = (more * left.powi(3) + self.target as f64) as usize;
+        let budget = (more * left + self.target as f64) as usize;
         (budget, step.is_multiple_of(self.delta_t))
-    }
-}
-
-/// How much the loss feels each number of one tensor: `I = |w·∂w|`, smoothed (`Ī`), and how unsteady that
-/// is (`Ū`).
-#[derive(Debug, Clone)]
-pub struct Sensitivity<const D: usize> {
-    mean: Tensor<D>,
-    deviation: Tensor<D>,
-}
-
-impl<const D: usize> Sensitivity<D> {
-    /// Before the first step, of a tensor like `w`.
-    pub fn zeros(w: &Tensor<D>) -> Self {
-        let zeros = w.clone().without_autodiff().zeros_like();
-        Self { mean: zeros.clone(), deviation: zeros }
-    }
-
-    /// `Ī ← β₁·Ī + (1-β₁)·I` and then `Ū ← β₂·Ū + (1-β₂)·|I - Ī|`.
-    pub fn update(&mut self, w: &Tensor<D>, gradient: &Tensor<D>, beta1: f64, beta2: f64) {
-        let [w, gradient] = [w, gradient].map(|t| t.clone().without_autodiff());
-        let now = (w * gradient).abs();
-        self.mean = self.mean.clone() * beta1 + now.clone() * (1.0 - beta1);
-        let off = (now - self.mean.clone()).abs();
-        self.deviation = self.deviation.clone() * beta2 + off * (1.0 - beta2);
-    }
-
-    /// `Ī·Ū`.
-    pub fn score(&self) -> Tensor<D> {
-        self.mean.clone() * self.deviation.clone()
-    }
-
-    fn state(&self) -> [TensorData; 2] {
-        [self.mean.to_data(), self.deviation.to_data()]
-    }
-
-    fn restored([mean, deviation]: [TensorData; 2], device: &Device) -> Option<Self> {
-        let fits = |data: &TensorData| data.shape().len() == D;
-        (fits(&mean) && mean.shape() == deviation.shape()).then(|| {
-            let [mean, deviation] = [mean, deviation].map(|data| Tensor::from_data(data, device));
-            Self { mean, deviation }
-        })
-    }
-}
-
-/// The sensitivities of one place's triplets.
-#[derive(Debug, Clone)]
-pub struct Importance {
-    /// Of `A [fan_in, r]`.
-    pub a: Sensitivity<2>,
-    /// Of `E [r]`.
-    pub e: Sensitivity<1>,
-    /// Of `B [r, fan_out]`.
-    pub b: Sensitivity<2>,
-}
-
-impl Importance {
-    /// One number a triplet: `S(E) + mean S(A) + mean S(B)`.
-    pub fn triplets(&self) -> Vec<f32> {
-        let a = self.a.score().mean_dim(0).flatten::<1>(0, 1);
-        let b = self.b.score().mean_dim(1).flatten::<1>(0, 1);
-        let data = (self.e.score() + a + b).into_data().convert::<f32>();
-        data.try_to_vec().unwrap_or_default()
     }
 }
 
@@ -132,18 +72,12 @@ pub fn keep_highest(
 pub fn orthogonality<'a>(
     adapters: impl IntoIterator<Item = &'a AdaLoraAdapter>,
 ) -> Option<Tensor<1>> {
-    let off = |product: Tensor<2>| {
-        let identity = Tensor::eye(product.dims()[0], &product.device().inner());
-        (product - identity).square().sum().sqrt()
-    };
-    let mut terms = Vec::new();
-    for Triplets { lora_a, lora_b, .. } in adapters.into_iter().filter_map(|a| a.triplets.as_ref())
-    {
+    let triplets = adapters.into_iter().filter_map(|adapter| adapter.triplets.as_ref());
+    off_orthogonal(triplets.map(|Triplets { lora_a, lora_b, .. }| {
         let (a, b) = (lora_a.val(), lora_b.val());
-        terms.push(off(a.clone().transpose().matmul(a)));
-        terms.push(off(b.clone().matmul(b.transpose())));
-    }
-    (!terms.is_empty()).then(|| Tensor::cat(terms, 0).mean())
+        let identity = Tensor::eye(a.dims()[1], &a.device().inner());
+        (a, b, identity)
+    }))
 }
 
 /// What AdaLoRA knows between steps.
@@ -154,19 +88,16 @@ pub fn orthogonality<'a>(
 #[derive(Debug, Clone)]
 pub struct RankPolicy {
     budget: Budget,
-    beta1: f64,
-    beta2: f64,
-    importance: BTreeMap<String, Importance>,
+    importance: Importances,
     kept: BTreeMap<String, Vec<bool>>,
     /// Of the step at hand.
-    gradients: BTreeMap<String, (Tensor<2>, Tensor<1>, Tensor<2>)>,
+    gradients: BTreeMap<String, TripletGradients>,
 }
 
 /// A [`RankPolicy`] at rest, for a checkpoint.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct RankPolicyState {
-    /// By place, the sensitivities of `A`, `E` and `B`.
-    importance: BTreeMap<String, [[TensorData; 2]; 3]>,
+    importance: ImportancesState,
     kept: BTreeMap<String, Vec<bool>>,
 }
 
@@ -193,9 +124,8 @@ impl RankPolicy {
             total_step: method.total_step.unwrap_or_default(),
             delta_t: method.delta_t,
         };
-        let (beta1, beta2) = (method.beta1, method.beta2);
-        let (importance, kept) = (BTreeMap::new(), BTreeMap::new());
-        Ok(Self { budget, beta1, beta2, importance, kept, gradients: BTreeMap::new() })
+        let importance = Importances::new(method.beta1, method.beta2);
+        Ok(Self { budget, importance, kept: BTreeMap::new(), gradients: BTreeMap::new() })
     }
 
     /// The schedule.
@@ -215,16 +145,7 @@ impl RankPolicy {
         triplets: &Triplets,
         gradients: (&Tensor<2>, &Tensor<1>, &Tensor<2>),
     ) {
-        let Triplets { lora_a, lora_e, lora_b } = triplets;
-        let (a, e, b) = (lora_a.val(), lora_e.val(), lora_b.val());
-        let known = self.importance.entry(path.to_owned()).or_insert_with(|| Importance {
-            a: Sensitivity::zeros(&a),
-            e: Sensitivity::zeros(&e),
-            b: Sensitivity::zeros(&b),
-        });
-        known.a.update(&a, gradients.0, self.beta1, self.beta2);
-        known.e.update(&e, gradients.1, self.beta1, self.beta2);
-        known.b.update(&b, gradients.2, self.beta1, self.beta2);
+        self.importance.learn(path, triplets, gradients);
     }
 
     /// Takes triplets away as the budget of `step` says. The masks that are to be laid over the adapters
@@ -232,12 +153,11 @@ impl RankPolicy {
     pub fn allocate(&mut self, step: usize) -> Option<&BTreeMap<String, Vec<bool>>> {
         let (budget, now) = self.budget.at(step);
         if now && step <= self.budget.end() {
-            let scores = self.importance.iter().map(|(path, i)| (path.clone(), i.triplets()));
             let fewer = self.budget.initial.saturating_sub(budget);
-            self.kept = keep_highest(&scores.collect(), fewer);
+            self.kept = keep_highest(&self.importance.scores(), fewer);
         }
         if step >= self.budget.end() {
-            self.importance.clear(); // decided
+            self.importance.places.clear(); // decided
         }
         now.then_some(&self.kept)
     }
@@ -250,9 +170,7 @@ impl RankPolicy {
 
     /// What a checkpoint holds.
     pub fn at_rest(&self) -> RankPolicyState {
-        let state = |i: &Importance| [i.a.state(), i.e.state(), i.b.state()];
-        let importance = self.importance.iter().map(|(path, i)| (path.clone(), state(i)));
-        RankPolicyState { importance: importance.collect(), kept: self.kept.clone() }
+        RankPolicyState { importance: self.importance.state(), kept: self.kept.clone() }
     }
 
     /// Goes on where `state` was taken.
@@ -260,19 +178,8 @@ impl RankPolicy {
     /// # Errors
     /// A state whose tensors are of other ranks.
     pub fn continue_from(&mut self, state: RankPolicyState, device: &Device) -> Result<(), Error> {
-        let mut importance = BTreeMap::new();
-        for (path, [a, e, b]) in state.importance {
-            let (a, e, b) = (
-                Sensitivity::restored(a, device),
-                Sensitivity::restored(e, device),
-                Sensitivity::restored(b, device),
-            );
-            let (Some(a), Some(e), Some(b)) = (a, e, b) else {
-                return Err(Error::place(path, "the state is not one of AdaLoRA's rank policy"));
-            };
-            importance.insert(path, Importance { a, e, b });
-        }
-        (self.importance, self.kept) = (importance, state.kept);
+        self.importance.resume(state.importance, device)?;
+        self.kept = state.kept;
         Ok(())
     }
 }
@@ -289,14 +196,9 @@ impl Policy<AdaLoraAdapter> for RankPolicy {
             return gradients;
         }
         for (path, adapter) in adapters.iter() {
-            let Some(Triplets { lora_a, lora_e, lora_b }) = &adapter.triplets else { continue };
-            let found = (
-                gradients.get::<2>(lora_a.id),
-                gradients.get::<1>(lora_e.id),
-                gradients.get::<2>(lora_b.id),
-            );
-            if let (Some(a), Some(e), Some(b)) = found {
-                self.gradients.insert(path.to_owned(), (a, e, b));
+            let found = adapter.triplets.as_ref().and_then(|t| gradients_of(t, &gradients));
+            if let Some(found) = found {
+                self.gradients.insert(path.to_owned(), found);
             }
         }
         gradients
@@ -344,17 +246,14 @@ pub fn masked(mut adapter: AdaLoraAdapter, kept: &[bool]) -> AdaLoraAdapter {
     let mask: Vec<f32> = kept.iter().map(|kept| f32::from(u8::from(*kept))).collect();
     let e = triplets.lora_e.val();
     let mask = Tensor::<1>::from_data(TensorData::new(mask, [kept.len()]), &e.device().inner());
-    let id = triplets.lora_e.id;
-    let autodiff = e.is_autodiff();
-    let masked = e.without_autodiff() * mask;
-    let masked = if autodiff { Tensor::from_inner(masked) } else { masked };
-    triplets.lora_e = Param::initialized(id, Param::from_tensor(masked.detach()).val());
+    triplets.lora_e = renewed(&triplets.lora_e, e.without_autodiff() * mask);
     adapter
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use burn::module::Param;
     use burn_peft_core::Targets;
 
     /// Numbers that look drawn, by formula; the same stood in the script that asked HF PEFT.
@@ -428,7 +327,9 @@ mod tests {
                     ("two", [0.156_216_17, 0.067_072_2, 0.126_661_33]),
                 ];
                 for (path, scores) in expected {
-                    for (found, expected) in policy.importance[path].triplets().iter().zip(scores) {
+                    for (found, expected) in
+                        policy.importance.places[path].triplets().iter().zip(scores)
+                    {
                         assert!((found - expected).abs() < 1e-6, "{path}: {found} and {expected}");
                     }
                 }

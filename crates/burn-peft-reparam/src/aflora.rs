@@ -2,12 +2,16 @@
 //! (arXiv 2403.13269).
 
 use crate::LoraAdapter;
+use crate::aflora_policy::Freezing;
+use crate::importance::check_betas;
 use crate::low_rank::{LowRank, faces_by_lora, stored};
 use crate::random::uniform;
 use burn::module::{Module, Param};
 use burn::nn::Dropout;
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_peft_core::{Biases, Error, Fold, Kind, Method, PlaceTensors, Site, Targets};
+use burn_peft_core::{
+    Adapters, Biases, Error, Fold, Kind, Method, PlaceTensors, Policy, Site, Targets,
+};
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
@@ -19,14 +23,41 @@ use serde::{Deserialize, Serialize};
 /// `s = lora_alpha / r`, which is 1 by default (the paper has none). Parameters:
 /// `r·(fan_in + fan_out) + r + fan_out` a place. Folds.
 ///
-/// The paper freezes `A` and `B` progressively by a score over their gradients. That is a policy of
-/// the training loop; here all four are trained, and the loop decides which still are.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+/// Training freezes `A` and `B` one after the other, whole tensors, until `tfinal` steps before the end all
+/// of them are: each time those with the lowest score, the mean of `Ī·Ū` over the tensor with `I = |∂w|`.
+/// The share of frozen ones is `1 - (1 - t)³`, `t` going from 0 at `tinit` to 1. What is frozen gets no
+/// gradient any more and stays so; `s_d` and `s_b` are trained to the end. Score and schedule are
+/// written down from memory of the paper, and that the same `beta1` and `beta2` as AdaLoRA's are defaults is
+/// our choice.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct AfLora {
     /// Rank, scale, dropout and places, as in LoRA.
     #[serde(flatten)]
     pub low_rank: LowRank,
+    /// Steps before the first factor is frozen; default 0.
+    pub tinit: usize,
+    /// Steps of training after the last was; default 0.
+    pub tfinal: usize,
+    /// Steps of the whole training; by default those that the trainer plans.
+    pub total_step: Option<usize>,
+    /// How slowly the sensitivity of a parameter forgets; default 0.85.
+    pub beta1: f64,
+    /// How slowly its uncertainty forgets; default 0.85.
+    pub beta2: f64,
+}
+
+impl Default for AfLora {
+    fn default() -> Self {
+        Self {
+            low_rank: LowRank::default(),
+            tinit: 0,
+            tfinal: 0,
+            total_step: None,
+            beta1: 0.85,
+            beta2: 0.85,
+        }
+    }
 }
 
 /// What AFLoRA trains at one place.
@@ -97,6 +128,16 @@ impl Method for AfLora {
     }
 
     fn check(&self) -> Result<(), Error> {
+        check_betas(self.beta1, self.beta2)?;
+        if let Some(total) = self.total_step
+            && self.tinit >= total.saturating_sub(self.tfinal)
+        {
+            let reason = format!(
+                "{} and tfinal {} leave none of total_step {total} for freezing",
+                self.tinit, self.tfinal
+            );
+            return Err(Error::config("tinit", reason));
+        }
         self.low_rank.check()
     }
 
@@ -119,7 +160,23 @@ impl Method for AfLora {
     }
 
     fn samples(targets: &Targets) -> Vec<Self> {
-        LowRank::samples(targets).map(|low_rank| Self { low_rank }).to_vec()
+        let [dropping, patterned] = LowRank::samples(targets);
+        let late = Self { tinit: 10, tfinal: 10, total_step: Some(100), ..Self::default() };
+        vec![
+            Self { low_rank: dropping, beta1: 0.5, beta2: 0.9, ..late },
+            Self { low_rank: patterned, ..Self::default() },
+        ]
+    }
+
+    fn planned(self, steps: usize) -> Self {
+        Self { total_step: self.total_step.or(Some(steps)), ..self }
+    }
+
+    fn policy(
+        &self,
+        adapters: &Adapters<AfLoraAdapter>,
+    ) -> Result<Option<Box<dyn Policy<AfLoraAdapter>>>, Error> {
+        Ok(Some(Box::new(Freezing::new(self, 2 * adapters.iter().count())?)))
     }
 
     fn parameters(&self, site: &Site) -> usize {

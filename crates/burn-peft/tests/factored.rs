@@ -5,7 +5,7 @@
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Distribution, Tensor};
-use burn_peft::core::{Method, Scope, Sites, Targets, adapt, attach};
+use burn_peft::core::{Counted, Method, Passes, Scope, Sites, Targets, adapt, attach, survey};
 use burn_peft::registry::{ForEach, for_each_method};
 use burn_peft::reparam::Lora;
 
@@ -25,6 +25,24 @@ impl Wide {
     fn forward(&self, x: &Tensor<3>, cx: &Scope<'_>) -> Tensor<3> {
         let x = cx.at("query").linear(&self.query, x.clone());
         cx.at("head").linear(&self.head, x)
+    }
+}
+
+/// What methods see that look at data first.
+struct Data<'a>(&'a Wide, Tensor<3>);
+
+impl Passes for Data<'_> {
+    fn batches(&self) -> usize {
+        1
+    }
+
+    fn loss(&self, _batch: usize, cx: &Scope<'_>) -> Tensor<1> {
+        self.0.forward(&self.1, cx).powi_scalar(2).mean()
+    }
+
+    fn counted(&self, _batch: usize, _targets_only: bool) -> Counted {
+        let [batch, seq, _] = self.1.dims();
+        Counted { batch, seq, kept: vec![true; batch * seq] }
     }
 }
 
@@ -49,6 +67,8 @@ impl ForEach for Factored {
             if method.weight_only() {
                 continue;
             }
+            let data = Tensor::random([4, 16, WIDTH], Distribution::Default, &self.device);
+            let method = survey(method, &sites, &Data(&self.model, data)).expect("fits");
             let adapters =
                 adapt(&sites, &method, 0, &self.device.clone().autodiff()).expect("fits");
             let forward = || self.model.forward(&self.x, &Scope::new(&adapters));

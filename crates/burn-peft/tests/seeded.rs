@@ -3,14 +3,33 @@
 
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
-use burn::tensor::{Device, Tensor};
-use burn_peft::core::{Method, Scope, Sites, Targets, adapt};
+use burn::tensor::{Device, Distribution, Tensor};
+use burn_peft::core::{Counted, Method, Passes, Scope, Sites, Targets, adapt, survey};
 use burn_peft::registry::{ForEach, for_each_method};
 
 #[derive(Module, Debug)]
 struct Two {
     query: Linear,
     head: Linear,
+}
+
+/// What methods see that look at data first.
+struct Data<'a>(&'a Two, Tensor<3>);
+
+impl Passes for Data<'_> {
+    fn batches(&self) -> usize {
+        1
+    }
+
+    fn loss(&self, _batch: usize, cx: &Scope<'_>) -> Tensor<1> {
+        let hidden = cx.at("query").linear(&self.0.query, self.1.clone());
+        cx.at("head").linear(&self.0.head, hidden).powi_scalar(2).mean()
+    }
+
+    fn counted(&self, _batch: usize, _targets_only: bool) -> Counted {
+        let [batch, seq, _] = self.1.dims();
+        Counted { batch, seq, kept: vec![true; batch * seq] }
+    }
 }
 
 struct Repeats {
@@ -28,6 +47,8 @@ impl ForEach for Repeats {
         let sites = Sites::of(&model, None);
         let x = Tensor::<3>::ones([2, 3, 16], &self.device);
         for method in T::samples(&Targets::list(["query"])) {
+            let data = Tensor::random([4, 8, 16], Distribution::Default, &self.device);
+            let method = survey(method, &sites, &Data(&model, data)).expect("fits");
             // Two steps along the gradient, so that no factor is zero any more.
             let mut adapters =
                 adapt(&sites, &method, 0, &self.device.clone().autodiff()).expect("fits");
