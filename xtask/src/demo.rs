@@ -62,7 +62,7 @@ pub(crate) struct DemoArgs {
 /// Fetches, builds, trains and tells.
 pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     let model = args.model.clone().map_or_else(|| fetch::fetch(&MINILM, REMEDY), Ok)?;
-    let split = data(args)?;
+    let split = data(args.data.as_deref(), args.seed, REMEDY)?;
     println!("Building burn-peft; the first time compiles all of Burn, which takes minutes");
     let feature = (args.device != "flex").then_some(args.device.as_str());
     let program = exec::build_program(feature.as_slice())?;
@@ -73,13 +73,14 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     tell(&program, &model, &output)
 }
 
-fn data(args: &DemoArgs) -> Result<Split, Failure> {
-    if let Some(file) = &args.data {
-        return reviews::prepare(file, args.seed);
+/// The reviews of a file, or those that are downloaded, split by a seed.
+pub(crate) fn data(file: Option<&Path>, seed: u64, remedy: &str) -> Result<Split, Failure> {
+    if let Some(file) = file {
+        return reviews::prepare(file, seed);
     }
-    let folder = fetch::fetch(&VADER, REMEDY)?;
+    let folder = fetch::fetch(&VADER, remedy)?;
     let archive = folder.join(VADER.files[0].1);
-    let split = reviews::prepare(&archive, args.seed)?;
+    let split = reviews::prepare(&archive, seed)?;
     if split.reviews == LABELLED_REVIEWS {
         return Ok(split);
     }

@@ -3,7 +3,8 @@
 use crate::failure::Failure;
 use crate::places;
 use serde_json::Value;
-use std::path::PathBuf;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// Cargo, started in the repository.
@@ -36,6 +37,21 @@ pub(crate) fn output(command: &mut Command) -> Result<Vec<u8>, Failure> {
         return Ok(output.stdout);
     }
     Err(Failure::Program { what: name(command), status: output.status })
+}
+
+/// A program's standard output; what it says beside that goes to a file, and its last words into the error.
+pub(crate) fn logged(command: &mut Command, log: &Path) -> Result<Vec<u8>, Failure> {
+    let open = File::options().create(true).append(true).open(log);
+    command.stdin(Stdio::null()).stderr(open.map_err(|e| Failure::at(log, e))?);
+    let output = command.output().map_err(|e| not_started(command, &e))?;
+    if output.status.success() {
+        return Ok(output.stdout);
+    }
+    let said = std::fs::read(log).map_err(|e| Failure::at(log, e))?;
+    let said = String::from_utf8_lossy(&said);
+    let last = said.lines().rev().map(str::trim).find(|line| !line.is_empty());
+    let last = last.map_or_else(|| output.status.to_string(), str::to_owned);
+    Err(Failure::new(format!("{}: {last}", name(command))))
 }
 
 /// Builds the program `burn-peft` and says where it lies.
@@ -85,6 +101,18 @@ mod tests {
         assert_eq!(executable(&tests), None);
         assert_eq!(executable(&line.replace("burn-peft\"}", "other\"}")), None);
         assert_eq!(executable("not json"), None);
+    }
+
+    #[test]
+    fn a_logged_program_fails_with_its_last_words() {
+        let folder = tempfile::tempdir().expect("makes a folder");
+        let log = folder.path().join("log");
+        let version = logged(&mut cargo(["--version"]), &log).expect("works");
+        assert!(version.starts_with(b"cargo "), "{version:?}");
+        let error = logged(&mut cargo(["no-such-verb"]), &log).expect_err("is no verb");
+        let said = std::fs::read_to_string(&log).expect("is written");
+        let last = said.lines().rev().find(|line| !line.trim().is_empty()).expect("says why");
+        assert!(error.to_string().ends_with(&format!(" no-such-verb: {}", last.trim())), "{error}");
     }
 
     #[test]

@@ -1,8 +1,9 @@
-//! The repository's own commands: `cargo xtask demo`, `test`, `ci` and `bench`.
+//! The repository's own commands: `cargo xtask demo`, `test`, `ci`, `bench` and `compare`.
 
 mod assets;
 mod bench;
 mod ci;
+mod compare;
 mod demo;
 mod exec;
 mod failure;
@@ -37,6 +38,8 @@ enum Verb {
     Ci(ci::CiArgs),
     /// Compare the factored step with Burn's own
     Bench(bench::BenchArgs),
+    /// Train every method on one task and tell how they fare
+    Compare(compare::CompareArgs),
 }
 
 fn main() -> ExitCode {
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Verb::Test(args) => test::run(&args),
         Verb::Ci(args) => ci::run(&args),
         Verb::Bench(args) => bench::run(&args),
+        Verb::Compare(args) => compare::run(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,0 +1,250 @@
+//! `cargo xtask compare`: every method on one task with one budget, and `peft` beside it.
+
+mod picture;
+mod recipe;
+mod run;
+mod table;
+
+use crate::assets::MINILM;
+use crate::failure::Failure;
+use crate::summary::duration;
+use crate::{demo, exec, fetch, places, python};
+use recipe::Recipe;
+use run::{Desk, Job, Side};
+use serde_json::Value;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use table::{Head, Line};
+
+/// What to do instead of downloading.
+const REMEDY: &str = "point at folders: cargo xtask compare --model DIR --data FILE";
+
+/// Sentences that have nothing to do with any task.
+const NEUTRAL: &str = "xtask/compare/neutral.tsv";
+
+/// The split of the data; what is drawn in a run depends on `--seeds`.
+const SPLIT: u64 = 42;
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Task {
+    /// MiniLM learns which movie review snippets are positive
+    Sentiment,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Against {
+    /// HF PEFT, by interop/compare.py
+    Peft,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "The rows and their settings are in xtask/compare/sentiment.json. Finished runs are kept in
+the output folder's runs/, and a later call with the same settings does not run them again:
+broken off, start it once more. --against peft needs an environment as `cargo xtask ci` makes it.
+
+Examples:
+  cargo xtask compare --task sentiment
+  cargo xtask compare --task sentiment --methods lora,oft --steps 30
+  cargo xtask compare --task sentiment --methods lora,dora,oft --seeds 1,2,3 --against peft"
+)]
+pub(crate) struct CompareArgs {
+    /// What the methods are trained for
+    #[arg(long, value_enum)]
+    task: Task,
+    /// Rows of the table [default: all]
+    #[arg(long, value_delimiter = ',', value_name = "NAME,...")]
+    methods: Vec<String>,
+    /// A run for each; the table has their means
+    #[arg(long, value_delimiter = ',', value_name = "N,...", default_value = "1")]
+    seeds: Vec<u64>,
+    /// Optimizer steps of a run [default: the recipe's]
+    #[arg(long)]
+    steps: Option<usize>,
+    /// Train the rows that it has with this library too, turn by turn
+    #[arg(long, value_enum)]
+    against: Option<Against>,
+    /// Where table, picture and runs go [default: compare-output in the repository]
+    #[arg(long, value_name = "DIR")]
+    output_dir: Option<PathBuf>,
+    /// Folder of a BERT model, in place of the download
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Ratings (id, mean, text between tabs), or a .tar.gz that holds them, in place of the download
+    #[arg(long, value_name = "FILE")]
+    data: Option<PathBuf>,
+    /// The program burn-peft, in place of building it
+    #[arg(long, value_name = "FILE")]
+    program: Option<PathBuf>,
+}
+
+/// Runs what has not been run, and tells.
+pub(crate) fn run(args: &CompareArgs) -> Result<(), Failure> {
+    let mut recipe = match args.task {
+        Task::Sentiment => Recipe::sentiment()?,
+    };
+    if let Some(steps) = args.steps {
+        recipe.training.insert("max_steps".into(), steps.into());
+    }
+    let rows = recipe.select(&args.methods)?;
+    let (desk, held_out) = prepare(args)?;
+    let head = Head {
+        model: name(&desk.model),
+        training: Value::Object(recipe.training.clone()),
+        seeds: args.seeds.clone(),
+        held_out,
+        threads: desk.threads,
+        against: args.against.is_some(),
+    };
+    let line = |row| Line { row, ours: vec![], peft: vec![], failures: vec![] };
+    let mut lines: Vec<Line<'_>> = rows.into_iter().map(line).collect();
+    // Seed by seed, so that there is a whole table early.
+    for &seed in &args.seeds {
+        for index in 0..lines.len() {
+            for side in [Side::Ours, Side::Peft] {
+                let row = lines[index].row;
+                if side == Side::Peft && (args.against.is_none() || row.peft.is_none()) {
+                    continue;
+                }
+                let job = Job { row, training: recipe.training(row), seed, side };
+                take(&mut lines[index], &job, &desk)?;
+                report(&desk.output, &head, &lines)?;
+            }
+        }
+    }
+    println!("\nTable, runs and picture in {}", desk.output.display());
+    match lines.iter().map(|line| line.failures.len()).sum() {
+        0 => Ok(()),
+        1 => Err(Failure::new("a run failed; the table says why")),
+        several => Err(Failure::new(format!("{several} runs failed; the table says why"))),
+    }
+}
+
+/// Runs a job, unless it was run before, and puts down how it ended.
+fn take(line: &mut Line<'_>, job: &Job<'_>, desk: &Desk) -> Result<(), Failure> {
+    let (side, seed) = (job.side, job.seed);
+    print!("{:<18}{:<6}seed {seed:<4}", job.row.name, side.name());
+    let _ = std::io::stdout().flush();
+    let (measured, how) = match job.finished(desk)? {
+        Some(measured) => (Ok(measured), "before"),
+        None => (job.run(desk), "now"),
+    };
+    match measured {
+        Ok(run) => {
+            let told = format!(
+                "{:.1} % right, {:.0} ms a step",
+                100.0 * run.accuracy,
+                1e3 * run.step_seconds
+            );
+            println!("{told}, run {how} in {}", duration(run.seconds));
+            match side {
+                Side::Ours => line.ours.push((seed, run)),
+                Side::Peft => line.peft.push((seed, run)),
+            }
+        }
+        Err(failure) => {
+            println!("FAILED: {failure}");
+            line.failures.push((seed, side, failure.to_string()));
+        }
+    }
+    Ok(())
+}
+
+/// Writes what is known so far.
+fn report(output: &Path, head: &Head, lines: &[Line<'_>]) -> Result<(), Failure> {
+    write(&output.join("compare.md"), table::markdown(head, lines).as_bytes())?;
+    let json = format!("{:#}\n", table::json(head, lines));
+    write(&output.join("compare.json"), json.as_bytes())?;
+    match picture::svg(&format!("Methods on {}", head.model), lines)? {
+        Some(svg) => write(&output.join("compare.svg"), svg.as_bytes()),
+        None => Ok(()),
+    }
+}
+
+/// A file that is whole or not there.
+fn write(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let fresh = tempfile::NamedTempFile::new_in(folder);
+    let fresh = fresh.and_then(|mut file| file.write_all(bytes).map(|()| file));
+    let done = fresh.and_then(|file| file.persist(path).map_err(std::io::Error::from));
+    done.map(drop).map_err(|e| Failure::at(path, e))
+}
+
+/// The last part of a folder's path.
+fn name(folder: &Path) -> String {
+    folder.file_name().map_or_else(|| folder.display().to_string(), |n| n.display().to_string())
+}
+
+/// Everything that a run needs, and how many reviews are held out.
+fn prepare(args: &CompareArgs) -> Result<(Desk, usize), Failure> {
+    let model = args.model.clone().map_or_else(|| fetch::fetch(&MINILM, REMEDY), Ok)?;
+    let split = demo::data(args.data.as_deref(), SPLIT, REMEDY)?;
+    let python = match args.against {
+        None => None,
+        Some(Against::Peft) => {
+            Some((python::with_peft()?, places::root().join("interop/compare.py")))
+        }
+    };
+    let output = args.output_dir.clone().unwrap_or_else(|| places::root().join("compare-output"));
+    places::make(&output.join("runs"))?;
+    let program = match &args.program {
+        Some(program) => program.clone(),
+        None => {
+            println!(
+                "Building burn-peft; the first time compiles all of Burn, which takes minutes"
+            );
+            exec::build_program(&[])?
+        }
+    };
+    let train = split.folder.join("train.tsv");
+    // Nothing is chosen by the validation data, so that it may be asked about as well.
+    let (held_out, count) = together(&split.folder, &output.join("held-out.tsv"))?;
+    let neutral = places::root().join(NEUTRAL);
+    let sum = |path: &PathBuf| fetch::sha256(path).map_err(|e| Failure::at(path, e));
+    let sums = [&train, &held_out, &neutral].into_iter().map(sum).collect::<Result<_, _>>()?;
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let desk = Desk { program, python, model, train, held_out, neutral, sums, output, threads };
+    desk.embed_base()?;
+    Ok((desk, count))
+}
+
+/// `validation.tsv` and `test.tsv` in one file, and the number of their rows.
+fn together(folder: &Path, file: &Path) -> Result<(PathBuf, usize), Failure> {
+    let read = |part: &str| {
+        let path = folder.join(part);
+        std::fs::read_to_string(&path).map_err(|e| Failure::at(&path, e))
+    };
+    let (mut text, more) = (read("validation.tsv")?, read("test.tsv")?);
+    text.extend(more.split_inclusive('\n').skip(1));
+    write(file, text.as_bytes())?;
+    Ok((file.to_owned(), text.lines().count() - 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_files_become_one_with_one_first_line() {
+        let folder = tempfile::tempdir().expect("makes a folder");
+        for (name, rows) in [("validation.tsv", "a\tpositive\n"), ("test.tsv", "b\tnegative\n")] {
+            std::fs::write(folder.path().join(name), format!("text\tlabel\n{rows}"))
+                .expect("writes");
+        }
+        let (file, count) =
+            together(folder.path(), &folder.path().join("both.tsv")).expect("writes");
+        let text = std::fs::read_to_string(file).expect("is written");
+        assert_eq!((text.as_str(), count), ("text\tlabel\na\tpositive\nb\tnegative\n", 2));
+    }
+
+    #[test]
+    fn neutral_sentences_are_many_and_plain() {
+        let text = std::fs::read_to_string(places::root().join(NEUTRAL)).expect("is committed");
+        let mut lines: Vec<_> = text.lines().collect();
+        assert_eq!((lines.remove(0), lines.len()), ("text", 64));
+        assert!(lines.iter().all(|line| !line.contains('\t') && line.len() > 10));
+        lines.sort_unstable();
+        lines.dedup();
+        assert_eq!(lines.len(), 64);
+    }
+}

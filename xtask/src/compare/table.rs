@@ -1,0 +1,309 @@
+//! The table of a comparison, as Markdown and as JSON.
+
+use super::recipe::Row;
+use super::run::{Measured, Side};
+use crate::summary::{duration, grouped};
+use serde_json::{Value, json};
+use std::fmt::Write;
+
+/// A factored method may take this many times LoRA's step.
+const SLOW: f64 = 1.5;
+
+/// What is known of one row so far.
+#[derive(Debug)]
+pub(super) struct Line<'r> {
+    pub(super) row: &'r Row,
+    /// Seeds and what they came to.
+    pub(super) ours: Vec<(u64, Measured)>,
+    pub(super) peft: Vec<(u64, Measured)>,
+    pub(super) failures: Vec<(u64, Side, String)>,
+}
+
+/// What holds for all rows.
+#[derive(Debug)]
+pub(super) struct Head {
+    pub(super) model: String,
+    pub(super) training: Value,
+    pub(super) seeds: Vec<u64>,
+    pub(super) held_out: usize,
+    pub(super) threads: usize,
+    pub(super) against: bool,
+}
+
+/// Mean and, of two numbers or more, the standard deviation of a sample.
+fn spread(of: impl Fn(&Measured) -> f64, runs: &[(u64, Measured)]) -> Option<(f64, Option<f64>)> {
+    let numbers: Vec<f64> = runs.iter().map(|(_, run)| of(run)).collect();
+    let count = numbers.len() as f64;
+    let mean = (!numbers.is_empty()).then(|| numbers.iter().sum::<f64>() / count)?;
+    let squares: f64 = numbers.iter().map(|x| (x - mean).powi(2)).sum();
+    Some((mean, (numbers.len() > 1).then(|| (squares / (count - 1.0)).sqrt())))
+}
+
+/// The mean over all seeds.
+pub(super) fn mean(of: impl Fn(&Measured) -> f64, runs: &[(u64, Measured)]) -> Option<f64> {
+    spread(of, runs).map(|(mean, _)| mean)
+}
+
+pub(super) fn accuracy(run: &Measured) -> f64 {
+    100.0 * run.accuracy
+}
+
+fn step(run: &Measured) -> f64 {
+    run.step_seconds
+}
+
+/// Of seeds that both sides have, ours less HF PEFT's, in points.
+fn difference(line: &Line<'_>) -> Option<f64> {
+    let both = |one: &[(u64, Measured)], other: &[(u64, Measured)]| -> Vec<_> {
+        let there = |seed: &u64| other.iter().any(|(found, _)| found == seed);
+        one.iter().filter(|(seed, _)| there(seed)).cloned().collect()
+    };
+    let ours = mean(accuracy, &both(&line.ours, &line.peft))?;
+    Some(ours - mean(accuracy, &both(&line.peft, &line.ours))?)
+}
+
+fn cell(value: Option<String>) -> String {
+    value.unwrap_or_default()
+}
+
+fn percent(runs: &[(u64, Measured)]) -> Option<String> {
+    let (mean, deviation) = spread(accuracy, runs)?;
+    Some(match deviation {
+        Some(deviation) => format!("{mean:.1} ± {deviation:.1}"),
+        None => format!("{mean:.1}"),
+    })
+}
+
+fn memory(runs: &[(u64, Measured)]) -> Option<String> {
+    let known = runs.iter().all(|(_, run)| run.peak_memory_bytes.is_some());
+    let bytes = mean(|run| run.peak_memory_bytes.unwrap_or(0) as f64, runs).filter(|_| known)?;
+    Some(format!("{:.2} GB", bytes / 1e9))
+}
+
+fn milliseconds(runs: &[(u64, Measured)]) -> Option<String> {
+    mean(step, runs).map(|seconds| format!("{:.0} ms", 1e3 * seconds))
+}
+
+fn forgetting(runs: &[(u64, Measured)]) -> Option<String> {
+    mean(|run| run.forgetting, runs).map(|share| format!("{share:.3}"))
+}
+
+/// The columns: what they are called and what stands there.
+type Column = (&'static str, fn(&Line<'_>, Option<f64>) -> String);
+
+const OWN: &[Column] = &[
+    ("method", |line, _| line.row.name.clone()),
+    ("trained", |line, _| {
+        cell(mean(|run| run.trainable_parameters as f64, &line.ours).map(grouped))
+    }),
+    ("adapter", |line, _| {
+        cell(mean(|run| run.adapter_bytes as f64, &line.ours).map(|b| format!("{:.0} kB", b / 1e3)))
+    }),
+    ("accuracy", |line, _| match percent(&line.ours) {
+        None if line.failures.iter().any(|(_, side, _)| *side == Side::Ours) => "failed".into(),
+        told => cell(told),
+    }),
+    ("step", |line, _| cell(milliseconds(&line.ours))),
+    ("× LoRA", |line, lora| {
+        cell(mean(step, &line.ours).zip(lora).map(|(own, lora)| format!("{:.2}", own / lora)))
+    }),
+    ("memory", |line, _| cell(memory(&line.ours))),
+    ("forgetting", |line, _| cell(forgetting(&line.ours))),
+];
+
+const THEIRS: &[Column] = &[
+    ("`peft`: accuracy", |line, _| match percent(&line.peft) {
+        None if line.failures.iter().any(|(_, side, _)| *side == Side::Peft) => "failed".into(),
+        told => cell(told),
+    }),
+    ("difference", |line, _| cell(difference(line).map(|points| format!("{points:+.1}")))),
+    ("step", |line, _| cell(milliseconds(&line.peft))),
+    ("memory", |line, _| cell(memory(&line.peft))),
+    ("forgetting", |line, _| cell(forgetting(&line.peft))),
+];
+
+/// The step of the row that all others are measured by.
+fn lora(lines: &[Line<'_>]) -> Option<f64> {
+    lines.iter().find(|line| line.row.name == "lora").and_then(|line| mean(step, &line.ours))
+}
+
+/// The table with what must be known to read it. Families follow each other as in the recipe.
+pub(super) fn markdown(head: &Head, lines: &[Line<'_>]) -> String {
+    let lora = lora(lines);
+    let columns: Vec<&Column> = OWN.iter().chain(if head.against { THEIRS } else { &[] }).collect();
+    let mut text = introduction(head);
+    for block in lines.chunk_by(|one, other| one.row.family == other.row.family) {
+        let block: Vec<_> = block.iter().filter(|line| line.begun()).collect();
+        let Some(first) = block.first() else { continue };
+        let names: Vec<_> = columns.iter().map(|(name, _)| *name).collect();
+        let rule = names.iter().map(|_| "---").collect::<Vec<_>>().join("|");
+        let _ = write!(text, "\n## {}\n\n| {} |\n|{rule}|\n", first.row.family, names.join(" | "));
+        for line in block {
+            let cells: Vec<_> = columns.iter().map(|(_, value)| value(line, lora)).collect();
+            let _ = writeln!(text, "| {} |", cells.join(" | "));
+        }
+    }
+    text + &verdicts(head.against, lines, lora)
+}
+
+fn introduction(head: &Head) -> String {
+    let of = |name: &str| head.training[name].to_string();
+    let seeds = head.seeds.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
+    let mut text = format!(
+        "# Methods, compared\n\nPositive or negative: {} is trained on movie review snippets for {} steps of {} \
+         reviews and asked about {} others. Seeds: {seeds}; numbers are their means, with the standard \
+         deviation. Threads: {}.\n\n\
+         accuracy: % of the held-out reviews. trained: parameters, those of the head among \
+         them. adapter: `adapter_model.safetensors`. step: mean time of an optimizer step. memory: the training \
+         process's largest. forgetting: 1 less the cosine of neutral sentences' embeddings before and after.",
+        head.model,
+        of("max_steps"),
+        of("per_device_train_batch_size"),
+        grouped(head.held_out as f64),
+        head.threads,
+    );
+    if head.against {
+        text += " `peft` trains with the same settings on the same data, turn by turn.";
+    }
+    text.push('\n');
+    text
+}
+
+/// What the columns say all in all, and what went wrong.
+fn verdicts(against: bool, lines: &[Line<'_>], lora: Option<f64>) -> String {
+    let mut text = String::new();
+    let apart = lines.iter().filter_map(|line| Some((line, difference(line)?)));
+    let far = apart.max_by(|a, b| a.1.abs().total_cmp(&b.1.abs()));
+    if let Some((line, points)) = far.filter(|_| against) {
+        let name = &line.row.name;
+        let _ =
+            write!(text, "\nThe accuracy furthest from `peft`'s: {name}, {points:+.1} points.\n");
+    }
+    let ratio = |line: &Line<'_>| Some(mean(step, &line.ours)? / lora?);
+    let slow = lines.iter().filter_map(|line| Some((&line.row.name, ratio(line)?)));
+    let slow: Vec<_> = slow
+        .filter(|(_, ratio)| *ratio > SLOW)
+        .map(|(name, ratio)| format!("{name} {ratio:.2}"))
+        .collect();
+    if lora.is_some() {
+        let slow = if slow.is_empty() { "none".into() } else { slow.join(", ") };
+        let _ = write!(text, "\nSteps of more than {SLOW} times LoRA's: {slow}.\n");
+    }
+    let spent: f64 = lines
+        .iter()
+        .flat_map(|line| line.ours.iter().chain(&line.peft))
+        .map(|(_, run)| run.seconds)
+        .sum();
+    let _ = write!(text, "\nAll runs together took {}.\n", duration(spent));
+    let failed = lines.iter().flat_map(|line| line.failures.iter().map(move |f| (line, f)));
+    let failed: Vec<_> = failed
+        .map(|(line, (seed, side, why))| {
+            format!("- {}, {}, seed {seed}: {why}\n", line.row.name, side.name())
+        })
+        .collect();
+    if !failed.is_empty() {
+        let _ = write!(text, "\n## Failed\n\n{}", failed.concat());
+    }
+    text
+}
+
+impl Line<'_> {
+    /// Whether there is anything to say of it.
+    fn begun(&self) -> bool {
+        !(self.ours.is_empty() && self.peft.is_empty() && self.failures.is_empty())
+    }
+}
+
+/// The same for programs, with every run.
+pub(super) fn json(head: &Head, lines: &[Line<'_>]) -> Value {
+    let runs = |runs: &[(u64, Measured)]| -> Value {
+        runs.iter().map(|(seed, measured)| json!({"seed": seed, "measured": measured})).collect()
+    };
+    let failure = |(seed, side, why): &(u64, Side, String)| json!({"seed": seed, "side": side.name(), "reason": why});
+    let line = |line: &Line<'_>| {
+        json!({
+            "row": line.row, "ours": runs(&line.ours), "peft": runs(&line.peft),
+            "failures": line.failures.iter().map(failure).collect::<Value>(),
+        })
+    };
+    json!({
+        "model": head.model, "training": head.training, "seeds": head.seeds,
+        "held_out": head.held_out, "threads": head.threads,
+        "rows": lines.iter().map(line).collect::<Value>(),
+    })
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::compare::recipe::Recipe;
+
+    pub(in crate::compare) fn measured(accuracy: f64, step_seconds: f64) -> Measured {
+        Measured {
+            accuracy,
+            trainable_parameters: 74_498,
+            adapter_bytes: 299_000,
+            step_seconds,
+            peak_memory_bytes: Some(1_250_000_000),
+            forgetting: 0.0124,
+            seconds: 61.0,
+        }
+    }
+
+    fn head(against: bool) -> Head {
+        let training = json!({"max_steps": 120, "per_device_train_batch_size": 32});
+        Head {
+            model: "all-MiniLM-L6-v2".into(),
+            training,
+            seeds: vec![1, 2],
+            held_out: 2114,
+            threads: 2,
+            against,
+        }
+    }
+
+    fn told(against: bool) -> String {
+        let recipe = Recipe::sentiment().expect("is a recipe");
+        let of = |name: &str| recipe.rows.iter().find(|row| row.name == name).expect("is a row");
+        let line = |name| Line { row: of(name), ours: vec![], peft: vec![], failures: vec![] };
+        let lora = Line {
+            ours: vec![(1, measured(0.76, 0.4)), (2, measured(0.78, 0.6))],
+            peft: vec![(2, measured(0.77, 0.8))],
+            ..line("lora")
+        };
+        let oft = Line { ours: vec![(1, measured(0.75, 0.8))], ..line("oft") };
+        let why = (2, Side::Ours, "burn-peft train: no".to_owned());
+        let boft = Line { failures: vec![why], ..line("boft") };
+        markdown(&head(against), &[lora, line("dora"), oft, boft])
+    }
+
+    #[test]
+    fn the_table_has_means_ratios_and_what_failed() {
+        let text = told(false);
+        for expected in [
+            "## low rank\n\n| method | trained | adapter | accuracy | step | × LoRA | memory | forgetting |\n",
+            "| lora | 74,498 | 299 kB | 77.0 ± 1.4 | 500 ms | 1.00 | 1.25 GB | 0.012 |\n",
+            "| oft | 74,498 | 299 kB | 75.0 | 800 ms | 1.60 | 1.25 GB | 0.012 |\n",
+            "| boft |  |  | failed |  |  |  |  |\n",
+            "Steps of more than 1.5 times LoRA's: oft 1.60.",
+            "- boft, ours, seed 2: burn-peft train: no\n",
+            "asked about 2,114 others",
+        ] {
+            assert!(text.contains(expected), "{expected} is not in\n{text}");
+        }
+        assert!(!text.contains("| dora |") && !text.contains("`peft`"), "{text}");
+    }
+
+    #[test]
+    fn differences_are_over_the_seeds_that_both_have() {
+        let text = told(true);
+        let expected = "| 0.012 | 77.0 | +1.0 | 800 ms | 1.25 GB | 0.012 |\n";
+        assert!(text.contains(expected), "{text}");
+        assert!(text.contains("The accuracy furthest from `peft`'s: lora, +1.0 points."), "{text}");
+        assert!(
+            text.contains(
+                "| oft | 74,498 | 299 kB | 75.0 | 800 ms | 1.60 | 1.25 GB | 0.012 |  |  |"
+            )
+        );
+    }
+}
