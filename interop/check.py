@@ -121,6 +121,9 @@ def ours(here, folder):
         "olora": ["--target-modules", "query,value", "--init-lora-weights", "olora", "--r", "4"],
         "orthogonal": ["--target-modules", "query,value", "--init-lora-weights", "orthogonal", "--r", "4"],
         "mica": ["--target-modules", "query,value", "--init-lora-weights", "mica", "--r", "4"],
+        "eva": ["--target-modules", "query,value,output.dense", "--init-lora-weights", "eva", "--r", "4"],
+        "corda": ["--target-modules", "query,value", "--init-lora-weights", "corda", "--r", "4"],
+        "lora_ga": ["--target-modules", "query,value", "--init-lora-weights", "lora_ga", "--r", "4", "--use-rslora"],
     }.items():
         out = folder / f"ours-{name}"
         run(here.binary, "train", "--model", bert, "--train-file", table, "--output-dir", out,

@@ -14,6 +14,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import combine
+import data_inits
 import methods
 import tiny
 
@@ -183,6 +185,30 @@ def targets():
     (ROOT / "targets.json").write_text(json.dumps({"paths": paths, "cases": found}, indent=1) + "\n")
 
 
+def lora_fa():
+    """What HF PEFT's LoRA-FA optimizer makes of given gradients, in f32 and with Adam's epsilon at 0."""
+    from peft.optimizers import create_lorafa_optimizer, lorafa
+
+    lorafa.is_bf16_available = lambda: False  # it would round the corrected gradient to bf16
+    torch.manual_seed(3)
+    r, alpha, lr = 3, 6, 0.05
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), LoraConfig(r=r, lora_alpha=alpha, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    nn.init.normal_(b, std=0.3)
+    found = {"a": a.tolist(), "b": b.tolist(), "scaling": layer.scaling["default"], "lr": lr}
+    optimizer = create_lorafa_optimizer(model, r=r, lora_alpha=alpha, lr=lr)
+    for group in optimizer.param_groups:
+        group["eps"] = 0.0
+    steps = []
+    for _ in range(5):
+        b.grad = torch.randn_like(b)
+        gradient = b.grad.tolist()
+        optimizer.step()
+        steps.append({"gradient": gradient, "b": b.tolist()})
+    (ROOT / "lora_fa.json").write_text(json.dumps(found | {"steps": steps}, indent=1) + "\n")
+
+
 if __name__ == "__main__":
     shutil.rmtree(ROOT, ignore_errors=True)
     ROOT.mkdir()
@@ -190,4 +216,7 @@ if __name__ == "__main__":
     adapters()
     convolutions()
     other_methods()
+    data_inits.write(ROOT, golden)
+    combine.write(ROOT)
     targets()
+    lora_fa()

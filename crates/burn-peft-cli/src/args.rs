@@ -56,16 +56,24 @@ impl std::str::FromStr for Finite {
 pub(crate) enum Verb {
     /// Fine-tune a model and write the adapter
     Train(Box<TrainArgs>),
-    /// Loss and accuracy (or perplexity) of a model with adapters on a file
+    /// Loss and accuracy (and calibration error, or perplexity) of a model with adapters on a file
     Eval(EvalArgs),
     /// Label texts
     Predict(PredictArgs),
+    /// Fit how sure an adapter is of its answers, for --laplace of eval and predict
+    Laplace(LaplaceArgs),
+    /// Embeddings of texts, for search and similarity
+    Embed(EmbedArgs),
     /// Continue a text
     Generate(GenerateArgs),
     /// Logits of token ids in a safetensors file, for other programs
     Forward(ForwardArgs),
     /// Fold adapters into the model and write it as a Hugging Face folder
     Merge(MergeArgs),
+    /// Make any adapter that is a difference of weights a plain LoRA
+    Convert(crate::convert::ConvertArgs),
+    /// Make several LoRAs one: weighted sums, TIES, DARE
+    Combine(crate::combine::CombineArgs),
     /// Say what is in an adapter or a model
     Inspect(InspectArgs),
 }
@@ -185,9 +193,13 @@ pub(crate) struct TrainArgs {
     /// Scale by the square root of the rank
     #[arg(long, num_args = 0..=1, default_missing_value = "true", help_heading = "Method")]
     pub(crate) use_rslora: Option<bool>,
-    /// true, false, gaussian, orthogonal, pissa, pissa_niter_N, olora or mica
+    /// true, false, gaussian, orthogonal, pissa, pissa_niter_N, olora, mica; eva, corda or lora_ga, which
+    /// look at training data first
     #[arg(long, help_heading = "Method")]
     pub(crate) init_lora_weights: Option<String>,
+    /// Batches of training data that such an init looks at; at most an epoch [default: 32]
+    #[arg(long, help_heading = "Method")]
+    pub(crate) init_batches: Option<usize>,
 
     /// Peak learning rate [default: 2e-4]
     #[arg(long, help_heading = "Training")]
@@ -225,6 +237,9 @@ pub(crate) struct TrainArgs {
     /// LoRA+: how many times faster the zero-initialised factor learns
     #[arg(long, help_heading = "Training")]
     pub(crate) loraplus_lr_ratio: Option<Finite>,
+    /// Riemannian LoRA: each factor's gradient preconditioned by the other, with this ridge (1e-6)
+    #[arg(long, help_heading = "Training")]
+    pub(crate) riemannian_reg: Option<Finite>,
     /// Batches of similar length [default: true]
     #[arg(long, num_args = 0..=1, default_missing_value = "true", help_heading = "Training")]
     pub(crate) group_by_length: Option<bool>,
@@ -257,6 +272,9 @@ pub(crate) struct EvalArgs {
     /// Data with labels; for causal-lm any training format
     #[arg(long, value_name = "FILE")]
     pub(crate) test_file: PathBuf,
+    /// Answers of the posterior that `laplace` fitted
+    #[arg(long)]
+    pub(crate) laplace: bool,
     #[command(flatten)]
     pub(crate) columns: ColumnArgs,
     /// Examples a forward pass
@@ -268,6 +286,37 @@ pub(crate) struct EvalArgs {
     /// Most tokens of a text [default: 128; causal-lm: 512]
     #[arg(long)]
     pub(crate) max_length: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Laplace-LoRA (arXiv 2308.13111), for a LoRA adapter of a classifier: writes laplace.json and
+laplace.safetensors into the adapter's folder.
+
+Example:
+  burn-peft laplace --model minilm --adapter out --train-file train.tsv
+  burn-peft eval --model minilm --adapter out --test-file test.tsv --laplace"
+)]
+pub(crate) struct LaplaceArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// The data that the adapter was trained on
+    #[arg(long, value_name = "FILE")]
+    pub(crate) train_file: PathBuf,
+    /// Rank of the factors over sides of the weights wider than that [default: exact]
+    #[arg(long)]
+    pub(crate) n_kfac: Option<usize>,
+    /// Precision of the prior [default: where the evidence of the training data is largest]
+    #[arg(long)]
+    pub(crate) prior_precision: Option<Finite>,
+    #[command(flatten)]
+    pub(crate) columns: ColumnArgs,
+    /// Examples a forward pass
+    #[arg(long, default_value_t = 32)]
+    pub(crate) per_device_eval_batch_size: usize,
+    /// Most tokens of a text
+    #[arg(long, default_value_t = 128)]
+    pub(crate) max_length: usize,
 }
 
 #[derive(Debug, Args)]
@@ -290,6 +339,16 @@ pub(crate) struct ColumnArgs {
 pub(crate) struct PredictArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
+    /// Answers of the posterior that `laplace` fitted
+    #[arg(long)]
+    pub(crate) laplace: bool,
+    #[command(flatten)]
+    pub(crate) texts: TextArgs,
+}
+
+/// Texts without labels.
+#[derive(Debug, Args)]
+pub(crate) struct TextArgs {
     /// A text; may be given several times
     #[arg(long)]
     pub(crate) text: Vec<String>,
@@ -304,6 +363,24 @@ pub(crate) struct PredictArgs {
     /// Most tokens of a text
     #[arg(long, default_value_t = 128)]
     pub(crate) max_length: usize,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Writes f32 `embeddings` [texts, hidden]: the mean of the last hidden states over a text's tokens,
+with length 1, so that a product of two is their cosine. Those of --test-file come first.
+
+Example:
+  burn-peft embed --model minilm --text \"a film to remember\" --text \"a movie one keeps\" --output e.safetensors"
+)]
+pub(crate) struct EmbedArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) texts: TextArgs,
+    /// Where the embeddings go
+    #[arg(long, value_name = "FILE")]
+    pub(crate) output: PathBuf,
 }
 
 #[derive(Debug, Args)]

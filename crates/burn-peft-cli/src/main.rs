@@ -1,11 +1,14 @@
 //! The program `burn-peft`.
 
 mod args;
+mod combine;
+mod convert;
 mod evaluate;
 mod failure;
 mod files;
 mod forward;
 mod inspect;
+mod laplace;
 mod model;
 mod options;
 mod train;
@@ -20,9 +23,13 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Train(args) => train::run(*args),
         Verb::Eval(args) => evaluate::eval(&args),
         Verb::Predict(args) => evaluate::predict(&args),
+        Verb::Laplace(args) => laplace::fit(&args),
+        Verb::Embed(args) => evaluate::embed(&args),
         Verb::Generate(args) => forward::generate(&args),
         Verb::Forward(args) => forward::forward(&args),
         Verb::Merge(args) => forward::merge(&args),
+        Verb::Convert(args) => convert::run(&args),
+        Verb::Combine(args) => combine::run(&args),
         Verb::Inspect(args) => inspect::run(&args.path),
     }
 }

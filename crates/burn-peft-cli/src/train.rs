@@ -8,7 +8,8 @@ use crate::options::{configure, fingerprint, merged, need, part, text_unit};
 use burn::module::Module;
 use burn::tensor::Device;
 use burn_peft::core::{
-    AdapterConfig, Adapters, AnyAdapter, Guide, Method, Scope, Sites, Summary, adapt, save_with,
+    AdapterConfig, Adapters, AnyAdapter, Guide, Method, Passes, Scope, Sites, Summary, adapt,
+    save_with, survey,
 };
 use burn_peft::models::{
     BertConfig, BertForSequenceClassification, LlamaForCausalLM, Loaded, Precision, Pretrained,
@@ -21,12 +22,15 @@ use burn_peft::train::data::{
 };
 use burn_peft::train::{
     Collate, Console, EvalFeed, Event, MetricsFile, Objective, Observer, Options, Report, Run,
-    TrainFeed, measure,
+    Sample, TrainFeed, measure,
 };
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+
+/// Batches that an init sees before the training.
+const INIT_BATCHES: usize = 32;
 
 struct Setup {
     args: TrainArgs,
@@ -318,6 +322,9 @@ fn scores(report: Report) -> Value {
     json!({"accuracy": report.accuracy(), "loss": report.loss, "perplexity": report.loss.exp()})
 }
 
+/// Writes trained adapters, and files beside them.
+type Save = dyn FnOnce(&Adapters<AnyAdapter>, &[(&str, Vec<u8>)]) -> Result<(), Failure>;
+
 /// What a method makes of what was asked for.
 struct Made {
     name: &'static str,
@@ -325,7 +332,7 @@ struct Made {
     summary: Summary,
     adapters: Adapters<AnyAdapter>,
     guide: Guide<AnyAdapter>,
-    save: Box<dyn FnOnce(&Adapters<AnyAdapter>, &[(&str, Vec<u8>)]) -> Result<(), Failure>>,
+    save: Box<Save>,
 }
 
 /// Makes adapters for the places of a model; `steps` is how many the training will have.
@@ -334,17 +341,23 @@ struct Make<'a> {
     saved: &'a [String],
     sites: &'a Sites,
     steps: usize,
+    sample: &'a dyn Passes,
 }
 
 impl Job for Make<'_> {
     type Output = Result<Made, Failure>;
 
     fn run<T: Method>(self) -> Self::Output {
-        let Self { setup, saved, sites, steps } = self;
+        let Self { setup, saved, sites, steps, sample } = self;
         let method: T = configure(&setup.args, &setup.fields, saved)?;
-        let method = method.planned(steps);
+        let method = survey(method.planned(steps), sites, sample)?;
         let adapters = adapt(sites, &method, setup.options.seed, &setup.device.clone().autodiff())?;
-        let guide = Guide::of(&method, &adapters)?.erased();
+        let guide = Guide::of(&method, &adapters)?;
+        let guide = match setup.args.riemannian_reg {
+            Some(delta) => guide.riemannian(T::PAIR, &adapters, delta.into())?,
+            None => guide,
+        };
+        let guide = guide.erased();
         let summary = Summary::new(sites, &adapters);
         let erased = adapters.erased();
         let (sites, out) = (sites.clone(), setup.out.clone());
@@ -369,7 +382,10 @@ fn finish<B: Objective + Pretrained>(setup: &Setup, prepared: Prepared<B>) -> Re
     let sites = Sites::of(&*base, Some(B::OUTPUT));
     let name = setup.args.method.as_deref().unwrap_or("lora");
     let steps = prepared.train.steps();
-    let made = with_method(name, Make { setup, saved: &prepared.saved, sites: &sites, steps })??;
+    let batches = setup.args.init_batches.unwrap_or(INIT_BATCHES);
+    let sample = Sample::new(&*base, device, &prepared.train, batches);
+    let (saved, sites, sample) = (&prepared.saved, &sites, &sample);
+    let made = with_method(name, Make { setup, saved, sites, steps, sample })??;
     let Made { name, faster, summary, adapters, guide, save } = made;
     tell(summary.to_string().trim_end());
     let before = match (&prepared.test, setup.args.resume) {

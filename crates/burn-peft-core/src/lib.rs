@@ -8,7 +8,8 @@
 //! plain tensor as a constant, so there is nothing to freeze, and a checkpoint is the adapters alone.
 //!
 //! * [`Sites`] finds the places of a model, [`Targets`] chooses among them by HF PEFT's rules.
-//! * A [`Method`] is what was asked for; [`adapt`] builds [`Adapters`] of it.
+//! * A [`Method`] is what was asked for; [`adapt`] builds [`Adapters`] of it, after a [`survey`](survey()) of the data
+//!   where it wants one.
 //! * A model of ours takes a [`Scope`] in its forward; the scope adds what lies at each place. Any
 //!   other Burn model is trained through [`attach`].
 //! * [`merge`] makes a plain model. A [`Bank`] holds several adapters and selects among them.
@@ -26,10 +27,13 @@ mod fold;
 mod format;
 mod method;
 mod policy;
+mod product;
+mod riemannian;
 mod scope;
 mod shared;
 mod site;
 mod summary;
+mod survey;
 mod targets;
 mod tensors;
 
@@ -44,9 +48,12 @@ pub use fold::{Attached, attach, merge};
 pub use format::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, load, peft_type, save, save_with};
 pub use method::{Biases, Method, site_rng};
 pub use policy::{Guide, Policy};
+pub use product::Product;
+pub use riemannian::ridge_inverse;
 pub use scope::{Laid, Overlay, Scope, Strength};
 pub use site::{Kind, Site, Sites, Value, as_matrix, from_matrix, hf_component, hf_path};
 pub use summary::{Summary, grouped};
+pub use survey::{Counted, Finding, Moments, Passes, Statistic, survey};
 pub use targets::{ALL_LINEAR, Names, OneOrMany, Strictness, Targets, pattern_value};
 pub use tensors::{
     PlaceTensors, TensorFile, tensor_bytes, write_atomic, write_tensors, write_together,

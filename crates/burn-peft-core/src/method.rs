@@ -1,6 +1,9 @@
 //! What was asked for: plain data in HF PEFT's words, which checks itself and builds adapters.
 
-use crate::{Adapter, Adapters, Error, Fold, Kind, PlaceTensors, Policy, Site, Targets};
+use crate::{
+    Adapter, Adapters, Error, Finding, Fold, Kind, PlaceTensors, Policy, Product, Site, Statistic,
+    Targets,
+};
 use burn::module::{Module, ModuleDisplay};
 use burn::tensor::{Device, Tensor, TensorData};
 use rand::SeedableRng;
@@ -51,6 +54,10 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// (arXiv 2402.12354) makes them learn faster.
     const FASTER: &'static [&'static str] = &[];
 
+    /// Names of the two trained parameters `A [fan_in, r]` and `B [r, fan_out]` by whose product alone
+    /// they act, where the method has such: what [`Guide::riemannian`](crate::Guide::riemannian) needs.
+    const PAIR: Option<[&'static str; 2]> = None;
+
     /// Where it goes.
     fn targets(&self) -> &Targets;
 
@@ -91,6 +98,31 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// them: what lies in a file must mean the same on the untouched base, whoever reads it.
     fn portable(&self) -> Self {
         self.clone()
+    }
+
+    /// What must be known of the data before adapters can be built: a [`survey`](crate::survey()) finds it.
+    fn wants(&self) -> Option<Statistic> {
+        None
+    }
+
+    /// Told what was found at one of the linear places; what is needed of it is kept in the
+    /// configuration, and never written.
+    ///
+    /// # Errors
+    /// Data that do not give what the place needs.
+    fn learn(&mut self, site: &Site, finding: Finding) -> Result<(), Error> {
+        let _ = (site, finding);
+        Ok(())
+    }
+
+    /// The configuration after [`Method::learn`] was told of all linear places among `sites`, the
+    /// chosen ones: ranks and places may follow from the data.
+    ///
+    /// # Errors
+    /// Data that do not give what the places need together.
+    fn surveyed(self, sites: &[&Site]) -> Result<Self, Error> {
+        let _ = sites;
+        Ok(self)
     }
 
     /// What all of `sites`, the adapted places, share. `rng` depends on the seed alone.
@@ -159,6 +191,12 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// The adapter's face on parameters, where the method has one: what merging needs when the
     /// method is only known at run time.
     fn fold(adapter: &Self::Adapter) -> Option<&dyn Fold> {
+        let _ = adapter;
+        None
+    }
+
+    /// The factors of an adapter whose difference is `s·A·B` and nothing more, both of them trained.
+    fn product(adapter: &Self::Adapter) -> Option<Product> {
         let _ = adapter;
         None
     }

@@ -36,6 +36,13 @@ pub enum Init {
     /// "mica" (arXiv 2604.01694): `B` is the `r` smallest singular directions and stays constant;
     /// `A = 0`.
     Mica,
+    /// "eva" (arXiv 2410.07170): `A` is the main directions of the layer's inputs, `B = 0`; looks at data.
+    Eva,
+    /// "corda" (arXiv 2406.05223): the directions of the weight that the layer's inputs use most, or
+    /// least; looks at data.
+    Corda,
+    /// "lora_ga" (arXiv 2407.05000): the main directions of the weight's gradient; looks at data.
+    LoraGa,
     /// One that is not implemented, by its name; adapters that began so can often be read.
     Other(String),
 }
@@ -58,6 +65,9 @@ impl From<&str> for Init {
             "pissa" => Self::Pissa { iterations: None },
             "olora" => Self::Olora,
             "mica" => Self::Mica,
+            "eva" => Self::Eva,
+            "corda" => Self::Corda,
+            "lora_ga" => Self::LoraGa,
             _ => match name.strip_prefix("pissa_niter_").and_then(|n| n.parse().ok()) {
                 Some(n) => Self::Pissa { iterations: Some(n) },
                 None => Self::Other(name),
@@ -87,6 +97,9 @@ impl From<Init> for Word {
             Init::Pissa { iterations: Some(n) } => format!("pissa_niter_{n}"),
             Init::Olora => "olora".into(),
             Init::Mica => "mica".into(),
+            Init::Eva => "eva".into(),
+            Init::Corda => "corda".into(),
+            Init::LoraGa => "lora_ga".into(),
             Init::Other(name) => name,
         })
     }
@@ -94,6 +107,14 @@ impl From<Init> for Word {
 
 /// Inits of HF PEFT that changed the base model in a way that the base alone does not tell.
 const CHANGED_BASE: &[&str] = &["corda", "loftq", "lora_ga"];
+
+/// The name of an init, as in a configuration.
+fn name(init: &Init) -> String {
+    match Word::from(init.clone()) {
+        Word::Bool(word) => word.to_string(),
+        Word::Name(name) => name,
+    }
+}
 
 /// Where factors are asked for.
 pub(crate) struct Place<'a> {
@@ -110,7 +131,12 @@ pub(crate) type Pair = (Tensor<2>, Tensor<2>);
 impl Init {
     /// Whether `s·A0·B0` is a part of the base, so that the difference is `s·(A·B - A0·B0)`.
     pub(crate) fn splits_base(&self) -> bool {
-        matches!(self, Self::Pissa { .. } | Self::Olora)
+        matches!(self, Self::Pissa { .. } | Self::Olora | Self::Corda | Self::LoraGa)
+    }
+
+    /// Whether it follows from data.
+    fn looks_at_data(&self) -> bool {
+        matches!(self, Self::Eva | Self::Corda | Self::LoraGa)
     }
 
     /// Whether `B` is a constant.
@@ -120,7 +146,8 @@ impl Init {
 
     /// Whether the seed decides anything at a place that is no embedding.
     pub(crate) fn draws(&self) -> bool {
-        !matches!(self, Self::Pissa { iterations: None } | Self::Olora | Self::Mica)
+        let follows = matches!(self, Self::Pissa { iterations: None } | Self::Olora | Self::Mica);
+        !follows && !self.looks_at_data()
     }
 
     /// Refuses adapters whose files do not say by how much HF PEFT changed the base.
@@ -130,10 +157,11 @@ impl Init {
                 "`pissa_niter_{n}` split the base by random numbers that no file holds; convert the \
                  adapter in HF PEFT with save_pretrained(path_initial_model_for_weight_conversion=..)"
             ),
-            Self::Other(name) if CHANGED_BASE.iter().any(|init| name.starts_with(init)) => format!(
-                "`{name}` changed the base model; convert the adapter in HF PEFT with \
+            _ if CHANGED_BASE.iter().any(|init| name(self).starts_with(init)) => format!(
+                "`{}` changed the base model; convert the adapter in HF PEFT with \
                  save_pretrained(path_initial_model_for_weight_conversion=..), or use the changed base \
-                 and set init_lora_weights to true"
+                 and set init_lora_weights to true",
+                name(self)
             ),
             _ => return Ok(()),
         };
@@ -153,6 +181,9 @@ impl Init {
             | Self::Orthogonal
             | Self::Pissa { .. }
             | Self::Olora
+            | Self::Eva
+            | Self::Corda
+            | Self::LoraGa
                 if embedding =>
             {
                 Ok(table(place, rng))
@@ -163,6 +194,16 @@ impl Init {
             Self::Pissa { iterations: None } => pissa(place),
             Self::Pissa { iterations: Some(n) } => pissa_randomized(place, *n, rng),
             Self::Olora => olora(place),
+            Self::Eva | Self::Corda | Self::LoraGa => {
+                place.linear()?;
+                let reason = format!(
+                    "`{}` looks at data first, and none was shown for {}: let `survey` tell the \
+                     method of it, and make adapters of what it gives back",
+                    name(self),
+                    place.site.path
+                );
+                Err(Error::config("init_lora_weights", reason))
+            }
             Self::Other(name) if name == "loftq" => {
                 let reason = "`loftq` makes up for the quantization of the base, and this one is not \
                               quantized; expected another init";
@@ -171,7 +212,7 @@ impl Init {
             Self::Other(name) => {
                 let reason = format!(
                     "`{name}` is not implemented; expected true, false, \"gaussian\", \"orthogonal\", \
-                     \"pissa\", \"pissa_niter_N\", \"olora\" or \"mica\""
+                     \"pissa\", \"pissa_niter_N\", \"olora\", \"mica\", \"eva\", \"corda\" or \"lora_ga\""
                 );
                 Err(Error::config("init_lora_weights", reason))
             }
@@ -184,12 +225,12 @@ impl Place<'_> {
         ([self.site.fan_in(), self.r], [self.r, self.site.fan_out()])
     }
 
-    fn zeros(&self, shape: [usize; 2]) -> Tensor<2> {
+    pub(crate) fn zeros(&self, shape: [usize; 2]) -> Tensor<2> {
         Tensor::zeros(shape, self.device)
     }
 
     /// The weight `[fan_in, fan_out]`, fit to be decomposed to this rank.
-    fn weight(&self) -> Result<Tensor<2>, Error> {
+    pub(crate) fn weight(&self) -> Result<Tensor<2>, Error> {
         self.linear()?;
         let path = &self.site.path;
         let most = self.site.fan_in().min(self.site.fan_out());
@@ -207,7 +248,7 @@ impl Place<'_> {
         }
     }
 
-    fn linear(&self) -> Result<(), Error> {
+    pub(crate) fn linear(&self) -> Result<(), Error> {
         match self.site.kind {
             Kind::Linear | Kind::Embedding => Ok(()),
             _ => Err(Error::place(
@@ -218,17 +259,17 @@ impl Place<'_> {
     }
 
     /// Refuses what cannot be divided by.
-    fn scale(&self) -> Result<(), Error> {
+    pub(crate) fn scale(&self) -> Result<(), Error> {
         match self.scaling > 0.0 {
             true => Ok(()),
             false => Err(Error::config(
                 "lora_alpha",
-                "expected more than 0, because pissa divides by it",
+                "expected more than 0, because the init divides by it",
             )),
         }
     }
 
-    fn here(&self, (a, b): Pair) -> Pair {
+    pub(crate) fn here(&self, (a, b): Pair) -> Pair {
         let here = |t: Tensor<2>| Tensor::from_data(t.into_data(), self.device);
         (here(a), here(b))
     }
@@ -276,7 +317,7 @@ fn orthogonal(place: &Place<'_>, rng: &mut ChaCha8Rng) -> Result<Pair, Error> {
 }
 
 /// More sweeps for a singular value than any matrix of finite numbers needs.
-const SWEEPS: usize = 300;
+pub(crate) const SWEEPS: usize = 300;
 
 /// `W = U·S·Vᵀ`; `A = U·√(S/s)`, `B = √(S/s)·Vᵀ`, of each the first `r`.
 fn pissa(place: &Place<'_>) -> Result<Pair, Error> {
@@ -284,27 +325,45 @@ fn pissa(place: &Place<'_>) -> Result<Pair, Error> {
     Ok(place.here(truncated(place.weight()?, place.r, place.scaling)))
 }
 
+/// `U`, the singular values, falling, and `Vᵀ` of a finite matrix.
+pub(crate) type Singular = (Tensor<2>, Tensor<1>, Tensor<2>);
+
+/// `w = U·S·Vᵀ`.
+pub(crate) fn decomposed(w: Tensor<2>) -> Singular {
+    svd::<2, 1>(w, SWEEPS)
+}
+
 /// The factors of the best approximation of `w` of rank `r`: `s·A·B ≈ w`.
 pub(crate) fn truncated(w: Tensor<2>, r: usize, s: f64) -> Pair {
-    let (u, values, vt) = svd::<2, 1>(w, SWEEPS);
+    first(decomposed(w), r, s)
+}
+
+/// The same of a matrix that is decomposed: `A = U·√(S/s)`, `B = √(S/s)·Vᵀ`, of each the first `r`.
+pub(crate) fn first((u, values, vt): Singular, r: usize, s: f64) -> Pair {
     let roots = (values.narrow(0, 0, r) / s).sqrt();
     let a = u.narrow(1, 0, r) * roots.clone().unsqueeze_dim(0);
     (a, vt.narrow(0, 0, r) * roots.unsqueeze_dim(1))
 }
 
-/// The same with the decomposition of Halko et al. (arXiv 0909.4061, algorithms 4.4 and 5.1): `W` is
-/// looked at through `r` directions that `n` rounds of iteration turned towards the largest.
+/// The same, the weight seen through a [`basis`].
 fn pissa_randomized(place: &Place<'_>, n: usize, rng: &mut ChaCha8Rng) -> Result<Pair, Error> {
     place.scale()?;
     let w = place.weight()?;
-    let start: Tensor<2> = normal([place.site.fan_out(), place.r], 1.0, rng, &w.device());
-    let basis = |y: Tensor<2>| qr(y, true).0;
-    let mut q = basis(w.clone().matmul(start)); // [fan_in, r]
-    for _ in 0..n {
-        q = basis(w.clone().matmul(basis(w.clone().transpose().matmul(q))));
-    }
+    let q = basis(&w, place.r, n, rng); // [fan_in, r]
     let (a, b) = truncated(q.clone().transpose().matmul(w), place.r, place.scaling);
     Ok(place.here((q.matmul(a), b)))
+}
+
+/// `k` orthonormal columns that span what matters most of the columns of `w [m, n]`, by Halko et al. (arXiv
+/// 0909.4061, algorithm 4.4): random directions that `rounds` of iteration turned towards the largest.
+pub(crate) fn basis(w: &Tensor<2>, k: usize, rounds: usize, rng: &mut ChaCha8Rng) -> Tensor<2> {
+    let start: Tensor<2> = normal([w.dims()[1], k], 1.0, rng, &w.device());
+    let basis = |y: Tensor<2>| qr(y, true).0;
+    let mut q = basis(w.clone().matmul(start)); // [m, k]
+    for _ in 0..rounds {
+        q = basis(w.clone().matmul(basis(w.clone().transpose().matmul(q))));
+    }
+    q
 }
 
 /// `Wᵀ = Q·R`; `B = Qᵀ`, `A = Rᵀ = W·Q`, of each the first `r`, which the first `r` columns decide.

@@ -1,25 +1,26 @@
 //! LoRA: `W' = W + s·A·B` with two thin trained factors (arXiv 2106.09685).
 
-use crate::common::{Bias, drop, drops, fifteen_digits, finite, number, positive, probability};
-use crate::dora::{Dora, unbiased};
+use crate::common::{Bias, fifteen_digits, finite, number, positive, probability};
+use crate::dora::Dora;
+use crate::eva::{Asked, Shared, share_out};
 use crate::init::{Init, Pair, Place, bound};
-use crate::layout::{Layout, MAGNITUDE, expand, kernel, shaped, take};
+use crate::init_data::DataInit;
+use crate::layout::{Layout, MAGNITUDE, shaped, take};
 use crate::random::uniform;
 use crate::source::laid_out;
-use burn::module::{Module, Param, ParamId};
-use burn::nn::conv::{Conv1d, Conv2d};
-use burn::nn::{Dropout, DropoutConfig, Embedding, Linear};
-use burn::tensor::module::{conv1d, conv2d, embedding, linear};
-use burn::tensor::ops::ConvOptions;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::module::Param;
+use burn::nn::DropoutConfig;
+use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{
-    Adapter, Biases, Error, Fold, Kind, Method, PlaceTensors, Site, Targets, as_matrix,
+    Biases, Error, Finding, Fold, Kind, Method, PlaceTensors, Product, Site, Statistic, Targets,
     pattern_value,
 };
 use indexmap::IndexMap;
 use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
+
+pub use crate::lora_adapter::LoraAdapter;
 
 /// LoRA (arXiv 2106.09685): `y = xW + b + s·dropout(x)·A·B`.
 ///
@@ -28,10 +29,13 @@ use serde::{Deserialize, Serialize};
 /// "mica"), and `fan_out` more with `lora_bias` or `use_dora`. Folds: `Δ(W) = s·A·B`; DoRA:
 /// [`Dora`]. Names and defaults are HF PEFT's.
 ///
-/// With the inits "pissa" and "olora" `Δ(W) = s·(A·B - A0·B0)`, `A0` and `B0` the factors at the start.
-/// Their files are those of a LoRA of twice the rank, `[A, A0]` and `[B; -B0]`, as HF PEFT writes them
+/// With the inits "pissa", "olora", "corda" and "lora_ga" `Δ(W) = s·(A·B - A0·B0)`, `A0` and `B0` the
+/// factors at the start. Their files are those of a LoRA of twice the rank, `[A, A0]` and `[B; -B0]`, as HF PEFT writes them
 /// when it is told the initial adapter: they work on the untouched base. Dropout acts on the whole
 /// difference, as it does for one who reads such a file.
+///
+/// "eva", "corda" and "lora_ga" look at data first: hand the configuration to
+/// [`survey`](burn_peft_core::survey()), and what it gives back to `adapt` and `save`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Lora {
@@ -56,6 +60,9 @@ pub struct Lora {
     pub rank_pattern: IndexMap<String, usize>,
     /// Other alphas, likewise.
     pub alpha_pattern: IndexMap<String, f64>,
+    /// Options of the inits that look at data, and what they found.
+    #[serde(flatten)]
+    pub data: DataInit,
     /// Where it goes.
     #[serde(flatten)]
     pub targets: Targets,
@@ -74,172 +81,9 @@ impl Default for Lora {
             init_lora_weights: Init::default(),
             rank_pattern: IndexMap::new(),
             alpha_pattern: IndexMap::new(),
+            data: DataInit::default(),
             targets: Targets::default(),
         }
-    }
-}
-
-/// What LoRA trains at one place.
-#[derive(Module, Debug)]
-pub struct LoraAdapter {
-    /// `A [fan_in, r]`.
-    pub lora_a: Param<Tensor<2>>,
-    /// `B [r, fan_out]`; none where the init holds it constant.
-    pub lora_b: Option<Param<Tensor<2>>>,
-    /// The bias on `B`, `[fan_out]`.
-    pub lora_bias: Option<Param<Tensor<1>>>,
-    /// The trained lengths, with DoRA.
-    pub dora: Option<Dora>,
-    /// Drops inputs of `A` in training.
-    pub dropout: Dropout,
-    /// `s`.
-    pub scaling: f64,
-    /// More columns of `A` that are constant: `A0`.
-    constant_a: Option<Tensor<2>>,
-    /// More rows of `B` that are constant: `-B0`, or all of it.
-    constant_b: Option<Tensor<2>>,
-}
-
-/// A trained part with a constant one beside it.
-fn join(trained: Tensor<2>, constant: &Option<Tensor<2>>, axis: usize) -> Tensor<2> {
-    match constant {
-        Some(constant) => Tensor::cat(vec![trained, constant.clone()], axis),
-        None => trained,
-    }
-}
-
-impl LoraAdapter {
-    /// The difference `s·A·B` alone, without dropout: what a kin of LoRA is at one moment.
-    pub(crate) fn of(a: Tensor<2>, b: Tensor<2>, scaling: f64) -> Self {
-        Self {
-            // Never visited, so that the ids do not matter.
-            lora_a: Param::initialized(ParamId::from(0), a),
-            lora_b: Some(Param::initialized(ParamId::from(0), b)),
-            lora_bias: None,
-            dora: None,
-            dropout: DropoutConfig::new(0.0).init(),
-            scaling,
-            constant_a: None,
-            constant_b: None,
-        }
-    }
-
-    /// `A` and `B` with their constant parts: `s·A·B` is the difference.
-    fn factors(&self) -> Pair {
-        let a = join(self.lora_a.val(), &self.constant_a, 1);
-        let b = match (&self.lora_b, &self.constant_b) {
-            (Some(b), constant) => join(b.val(), constant, 0),
-            (None, Some(b)) => b.clone(),
-            (None, None) => Tensor::zeros([a.dims()[1], 0], &a.device()), // is never made
-        };
-        (a, b)
-    }
-
-    /// `δ` out of `product(x, A, B)`, the effect of `s·A·B`: the same, or with DoRA what it makes of that
-    /// and of `own`, the layer without its bias on an input from which dropout took something.
-    fn effect<const D: usize, const W: usize>(
-        &self,
-        x: &Tensor<D>,
-        y: &Tensor<D>,
-        axis: usize,
-        weight: &Param<Tensor<W>>,
-        own: impl FnOnce(Option<Tensor<D>>) -> Tensor<D>,
-        product: impl FnOnce(Tensor<D>, Tensor<2>, Tensor<2>) -> Tensor<D>,
-    ) -> Option<Tensor<D>> {
-        let (a, b) = self.factors();
-        let x = drop(x, &self.dropout, &a);
-        let delta = product(x.clone(), a.clone(), b.clone());
-        let Some(dora) = &self.dora else {
-            return Some(delta.cast(y.dtype()));
-        };
-        let own = own(drops(&self.dropout, &a).then_some(x));
-        let whole = dora.turn(&as_matrix(weight.val()), &(a, b), self.scaling, (own, delta), axis);
-        Some(whole.cast(y.dtype()))
-    }
-}
-
-impl Adapter for LoraAdapter {
-    fn linear(&self, layer: &Linear, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
-        let own = |dropped: Option<Tensor<3>>| match dropped {
-            Some(x) => linear(x.cast(y.dtype()), layer.weight.val(), None),
-            None => unbiased(y, &layer.bias, 2),
-        };
-        self.effect(x, y, 2, &layer.weight, own, |x, a, b| {
-            let h = linear(x, a, None) * self.scaling; // [batch, seq, r]
-            linear(h, b, self.lora_bias.as_ref().map(|bias| bias.val() * self.scaling))
-        })
-    }
-
-    fn embedding(
-        &self,
-        layer: &Embedding,
-        ids: &Tensor<2, Int>,
-        y: &Tensor<3>,
-    ) -> Option<Tensor<3>> {
-        let (a, b) = self.factors();
-        let h = embedding(a.clone(), ids.clone()) * self.scaling; // [batch, seq, r]
-        let delta = linear(h, b.clone(), None);
-        let delta = match &self.dora {
-            None => delta,
-            Some(dora) => {
-                let w = layer.weight.val();
-                dora.turn(&w, &(a, b), self.scaling, (y.clone(), delta), 2)
-            }
-        };
-        Some(delta.cast(y.dtype()))
-    }
-
-    fn conv1d(&self, layer: &Conv1d, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
-        let run = |x: Tensor<3>, kernel: Tensor<3>| {
-            let mut copy = layer.clone();
-            copy.weight = Param::initialized(layer.weight.id, kernel);
-            copy.bias = None;
-            copy.forward(x)
-        };
-        let own = |dropped: Option<Tensor<3>>| match dropped {
-            Some(x) => run(x.cast(y.dtype()), layer.weight.val()),
-            None => unbiased(y, &layer.bias, 1),
-        };
-        self.effect(x, y, 1, &layer.weight, own, |x, a, b| {
-            let h = run(x, kernel(a, layer.weight.dims())) * self.scaling;
-            conv1d(h, expand(b), None, ConvOptions::new([1], [0], [1], 1))
-        })
-    }
-
-    fn conv2d(&self, layer: &Conv2d, x: &Tensor<4>, y: &Tensor<4>) -> Option<Tensor<4>> {
-        let run = |x: Tensor<4>, kernel: Tensor<4>| {
-            let mut copy = layer.clone();
-            copy.weight = Param::initialized(layer.weight.id, kernel);
-            copy.bias = None;
-            copy.forward(x)
-        };
-        let own = |dropped: Option<Tensor<4>>| match dropped {
-            Some(x) => run(x.cast(y.dtype()), layer.weight.val()),
-            None => unbiased(y, &layer.bias, 1),
-        };
-        self.effect(x, y, 1, &layer.weight, own, |x, a, b| {
-            let h = run(x, kernel(a, layer.weight.dims())) * self.scaling;
-            conv2d(h, expand(b), None, ConvOptions::new([1, 1], [0, 0], [1, 1], 1))
-        })
-    }
-}
-
-impl Fold for LoraAdapter {
-    fn weight(&self, w: &Tensor<2>) -> Option<Tensor<2>> {
-        let (a, b) = self.factors();
-        let delta = (a.clone() * self.scaling).matmul(b.clone());
-        Some(match &self.dora {
-            None => delta,
-            Some(dora) => dora.turn(w, &(a, b), self.scaling, (w.clone(), delta), 1),
-        })
-    }
-
-    fn brings_bias(&self) -> bool {
-        self.lora_bias.is_some()
-    }
-
-    fn bias(&self, _b: &Tensor<1>) -> Option<Tensor<1>> {
-        Some(self.lora_bias.as_ref()?.val() * self.scaling)
     }
 }
 
@@ -264,15 +108,27 @@ impl Lora {
         Ok(r)
     }
 
-    fn scaling(&self, path: &str, r: usize) -> Result<f64, Error> {
-        let alpha =
-            pattern_value("alpha_pattern", &self.alpha_pattern, path)?.unwrap_or(self.lora_alpha);
-        let r = r as f64;
-        Ok(alpha / if self.use_rslora { r.sqrt() } else { r })
+    fn alpha(&self, path: &str) -> Result<f64, Error> {
+        let other = pattern_value("alpha_pattern", &self.alpha_pattern, path)?;
+        Ok(other.unwrap_or(self.lora_alpha))
     }
 
-    /// `start` is what is taken off again.
-    fn adapter(
+    fn scaling(&self, path: &str, r: usize) -> Result<f64, Error> {
+        let r = r as f64;
+        Ok(self.alpha(path)? / if self.use_rslora { r.sqrt() } else { r })
+    }
+
+    /// The factors at the start.
+    fn factors(&self, place: &Place<'_>, rng: &mut ChaCha8Rng) -> Result<Pair, Error> {
+        let init = &self.init_lora_weights;
+        match self.data.factors(init, place, rng)? {
+            Some(pair) => Ok(pair),
+            None => init.factors(place, rng),
+        }
+    }
+
+    /// The adapter with these factors; `start` is what is taken off again.
+    pub(crate) fn adapter(
         &self,
         site: &Site,
         (a, b): Pair,
@@ -304,7 +160,7 @@ impl Lora {
         })
     }
 
-    fn has_bias(&self, site: &Site) -> Result<bool, Error> {
+    pub(crate) fn has_bias(&self, site: &Site) -> Result<bool, Error> {
         if self.lora_bias && site.kind != Kind::Linear {
             let reason = "lora_bias: works on linear layers only, as in HF PEFT";
             return Err(Error::place(&site.path, reason));
@@ -336,6 +192,7 @@ impl Method for Lora {
     ];
 
     const FASTER: &'static [&'static str] = &["lora_b"];
+    const PAIR: Option<[&'static str; 2]> = Some(["lora_a", "lora_b"]);
 
     fn targets(&self) -> &Targets {
         &self.targets
@@ -361,6 +218,7 @@ impl Method for Lora {
         if self.use_dora && self.init_lora_weights.freezes_b() {
             return Err(Error::config("use_dora", "does not work with the init \"mica\""));
         }
+        self.data.check()?;
         self.bias.check("lora_only")
     }
 
@@ -369,7 +227,8 @@ impl Method for Lora {
     }
 
     fn draws(&self) -> bool {
-        self.init_lora_weights.draws()
+        let init = &self.init_lora_weights;
+        init.draws() || self.data.draws(init)
     }
 
     fn portable(&self) -> Self {
@@ -381,11 +240,40 @@ impl Method for Lora {
         let more = |alpha: &mut f64| *alpha = fifteen_digits(*alpha * more);
         let mut portable = self.clone();
         portable.init_lora_weights = Init::Default;
+        portable.data = DataInit::default();
         portable.r = self.r.saturating_mul(2);
         portable.rank_pattern.values_mut().for_each(|r| *r = r.saturating_mul(2));
         more(&mut portable.lora_alpha);
         portable.alpha_pattern.values_mut().for_each(more);
         portable
+    }
+
+    fn wants(&self) -> Option<Statistic> {
+        self.data.wants(&self.init_lora_weights)
+    }
+
+    fn learn(&mut self, site: &Site, finding: Finding) -> Result<(), Error> {
+        let r = self.rank(site)?;
+        self.data.learn(&self.init_lora_weights, site, r, finding)
+    }
+
+    fn surveyed(mut self, sites: &[&Site]) -> Result<Self, Error> {
+        if self.init_lora_weights != Init::Eva {
+            return Ok(self);
+        }
+        let mut asked = Vec::with_capacity(sites.len());
+        for site in sites {
+            asked.push(Asked { site, r: self.rank(site)?, alpha: self.alpha(&site.path)? });
+        }
+        let config = self.data.eva();
+        let fields = Shared {
+            targets: &mut self.targets,
+            rank_pattern: &mut self.rank_pattern,
+            alpha_pattern: &mut self.alpha_pattern,
+        };
+        share_out(config.adjust_scaling_factors, &asked, &self.data.found, fields)?;
+        self.data.eva_config = Some(config); // HF PEFT asks for it beside the init's name
+        Ok(self)
     }
 
     fn init(
@@ -397,7 +285,7 @@ impl Method for Lora {
     ) -> Result<LoraAdapter, Error> {
         let r = self.rank(site)?;
         let scaling = self.scaling(&site.path, r)?;
-        let pair = self.init_lora_weights.factors(&Place { site, r, scaling, device }, rng)?;
+        let pair = self.factors(&Place { site, r, scaling, device }, rng)?;
         let start = self.start(site, &pair);
         let bias = self.has_bias(site)?.then(|| match self.init_lora_weights {
             Init::Random => uniform([site.fan_out()], bound(r), rng, device),
@@ -416,6 +304,15 @@ impl Method for Lora {
         Some(adapter)
     }
 
+    fn product(adapter: &LoraAdapter) -> Option<Product> {
+        let more = adapter.lora_bias.is_some()
+            || adapter.dora.is_some()
+            || adapter.constant_a.is_some()
+            || adapter.constant_b.is_some();
+        let b = adapter.lora_b.as_ref().filter(|_| !more)?;
+        Some(Product { a: adapter.lora_a.val(), b: b.val(), scaling: adapter.scaling })
+    }
+
     fn samples(targets: &Targets) -> Vec<Self> {
         let plain = Self::new(4, 8.0, targets.clone());
         let saving = Targets { modules_to_save: Some(vec!["head".into()]), ..targets.clone() };
@@ -424,7 +321,13 @@ impl Method for Lora {
             alpha_pattern: IndexMap::from([("query".into(), 6.0)]),
             ..method
         };
-        vec![
+        let of_data = DataInit::samples().into_iter().map(|(init_lora_weights, data)| Self {
+            init_lora_weights,
+            data,
+            ..plain.clone()
+        });
+        let mut samples: Vec<Self> = of_data.collect();
+        samples.extend([
             Self { use_rslora: true, bias: Bias::Only("lora_only".into()), ..plain.clone() },
             Self { lora_dropout: 0.2, bias: Bias::All, ..plain.clone() },
             Self { init_lora_weights: "gaussian".into(), targets: saving, ..plain.clone() },
@@ -438,7 +341,8 @@ impl Method for Lora {
             Self { init_lora_weights: Init::Mica, ..plain.clone() },
             patterned(plain.clone()),
             plain,
-        ]
+        ]);
+        samples
     }
 
     fn parameters(&self, site: &Site) -> usize {

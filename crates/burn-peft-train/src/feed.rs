@@ -5,6 +5,7 @@ use crate::{Options, Step};
 use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
 use burn::data::dataset::DatasetError;
 use burn::tensor::Device;
+use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -21,6 +22,13 @@ pub struct TrainFeed<B> {
     seed: u64,
     steps_per_epoch: usize,
     range: Range<usize>,
+}
+
+impl<B> fmt::Debug for TrainFeed<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let items = self.lengths.len();
+        f.debug_struct("TrainFeed").field("items", &items).field("steps", &self.range).finish()
+    }
 }
 
 impl<B> Clone for TrainFeed<B> {
@@ -60,6 +68,12 @@ impl<B> TrainFeed<B> {
     /// Optimizer steps in one epoch.
     pub fn steps_per_epoch(&self) -> usize {
         self.steps_per_epoch
+    }
+
+    /// At most `count` batches of the first epoch, however many steps there are.
+    pub fn first(&self, count: usize) -> Vec<B> {
+        let batches = self.epoch(0);
+        batches.iter().take(count).map(|items| (self.collate)(items)).collect()
     }
 
     fn epoch(&self, epoch: usize) -> Vec<Vec<usize>> {

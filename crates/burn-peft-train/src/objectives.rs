@@ -4,7 +4,7 @@ use crate::data::{CausalBatch, ClassBatch, IGNORED};
 use crate::{Loss, Objective};
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_peft_core::Scope;
+use burn_peft_core::{Counted, Scope};
 use burn_peft_models::{BertForSequenceClassification, LlamaForCausalLM, Tokens};
 
 fn ints(values: Vec<i32>, device: &Device) -> Tensor<1, Int> {
@@ -21,6 +21,11 @@ fn cross_entropy(logits: Tensor<2>, targets: Vec<i32>, device: &Device) -> Loss 
     let correct = best.equal(targets.clone()).int().sum();
     let right = log_softmax(logits, 1).gather(1, targets.reshape([rows, 1])); // [n, 1]
     Loss { sum: -right.sum(), correct }
+}
+
+fn counted(tokens: &Tokens, also: impl Fn(usize) -> bool) -> Counted {
+    let kept = tokens.mask.iter().enumerate().map(|(at, kept)| *kept != 0 && also(at));
+    Counted { batch: tokens.batch, seq: tokens.seq, kept: kept.collect() }
 }
 
 fn count(tokens: &Tokens) -> (usize, usize) {
@@ -40,6 +45,10 @@ impl Objective for BertForSequenceClassification {
 
     fn tokens(batch: &ClassBatch) -> (usize, usize) {
         count(&batch.tokens)
+    }
+
+    fn counted(batch: &ClassBatch, _targets_only: bool) -> Counted {
+        counted(&batch.tokens, |_| true)
     }
 }
 
@@ -68,5 +77,9 @@ impl Objective for LlamaForCausalLM {
 
     fn tokens(batch: &CausalBatch) -> (usize, usize) {
         count(&batch.tokens)
+    }
+
+    fn counted(batch: &CausalBatch, targets_only: bool) -> Counted {
+        counted(&batch.tokens, |at| !targets_only || batch.targets.get(at) != Some(&IGNORED))
     }
 }

@@ -5,7 +5,7 @@ use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Device, ExecutionError, Int, Tensor};
 use burn::train::{InferenceStep, ItemLazy, TrainOutput, TrainStep};
-use burn_peft_core::{Adapters, AnyAdapter, Guide, Scope};
+use burn_peft_core::{Adapters, AnyAdapter, Counted, Guide, Scope};
 use serde::{Deserialize, Serialize};
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -32,6 +32,10 @@ pub trait Objective: Clone + Debug + Send + Sync + 'static {
 
     /// Tokens with and without padding, for the padding's share.
     fn tokens(batch: &Self::Batch) -> (usize, usize);
+
+    /// The positions that are no padding and, with `targets_only`, at which a target is learnt, where
+    /// targets have positions.
+    fn counted(batch: &Self::Batch, targets_only: bool) -> Counted;
 }
 
 /// One optimizer step worth of data: the batches whose gradients are added up.

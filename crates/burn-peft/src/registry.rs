@@ -2,8 +2,8 @@
 
 use burn::tensor::Device;
 use burn_peft_core::{
-    AdapterConfig, Adapters, Error, Folded, Folds, Laid, Method, Overlay, Sites, Summary, load,
-    peft_type,
+    AdapterConfig, Adapters, Error, Folded, Folds, Laid, Method, Overlay, Product, Sites, Summary,
+    load, peft_type,
 };
 use std::path::Path;
 
@@ -52,16 +52,20 @@ methods![
     burn_peft_reparam::Lora,
     burn_peft_reparam::AdaLora,
     burn_peft_reparam::AfLora,
+    burn_peft_reparam::AutoLora,
     burn_peft_reparam::Boft,
     burn_peft_reparam::C3a,
     burn_peft_reparam::CapaBoost,
     burn_peft_reparam::Delora,
+    burn_peft_reparam::DeltaLora,
+    burn_peft_reparam::DyLora,
     burn_peft_reparam::FourierFt,
     burn_peft_reparam::Glora,
     burn_peft_reparam::Gralora,
     burn_peft_reparam::HiWi,
     burn_peft_reparam::Hira,
     burn_peft_reparam::Hra,
+    burn_peft_reparam::IncreLora,
     burn_peft_reparam::KAdaptation,
     burn_peft_reparam::KronA,
     burn_peft_reparam::Loha,
@@ -73,12 +77,14 @@ methods![
     burn_peft_reparam::MosLora,
     burn_peft_reparam::Nola,
     burn_peft_reparam::Oft,
+    burn_peft_reparam::PeriodicLora,
     burn_peft_reparam::Psoft,
     burn_peft_reparam::Pvera,
     burn_peft_reparam::RandLora,
     burn_peft_reparam::Road,
     burn_peft_reparam::Said,
     burn_peft_reparam::Shira,
+    burn_peft_reparam::Sora,
     burn_peft_reparam::SuperLora,
     burn_peft_reparam::TinyLora,
     burn_peft_reparam::VbLora,
@@ -94,6 +100,11 @@ pub trait AnyAdapters: Overlay + Send + Sync {
     fn task_type(&self) -> Option<&str>;
     /// As something to merge; `None` where the method does not fold into parameters.
     fn folds(&self) -> Option<Box<dyn Folds + '_>>;
+    /// The adapters as plain products `s·A·B`, by path.
+    ///
+    /// # Errors
+    /// The first place whose adapter is more than that, or another thing.
+    fn products(&self) -> Result<Vec<(String, Product)>, Error>;
     /// What is adapted where.
     fn summary(&self, sites: &Sites) -> Summary;
 }
@@ -117,6 +128,21 @@ impl<T: Method> AnyAdapters for Held<T> {
 
     fn folds(&self) -> Option<Box<dyn Folds + '_>> {
         Some(Box::new(Folded::<T>::new(&self.1)?))
+    }
+
+    fn products(&self) -> Result<Vec<(String, Product)>, Error> {
+        let product = |(path, adapter): (&str, &T::Adapter)| match T::product(adapter) {
+            Some(product) => Ok((path.to_owned(), product)),
+            None => {
+                let name = T::NAME;
+                let reason = format!(
+                    "expected an adapter that is two trained factors and nothing more, as plain LoRA \
+                     is; found one of {name} that is not"
+                );
+                Err(Error::place(path, reason))
+            }
+        };
+        self.1.iter().map(product).collect()
     }
 
     fn summary(&self, sites: &Sites) -> Summary {

@@ -1,6 +1,11 @@
 //! The program as a user runs it, on small models with random weights (`interop/fixtures.py`).
 
+mod conversions;
+mod inits;
+mod laplace;
 mod methods;
+mod policies_rank;
+mod policies_stage;
 mod refusals;
 
 use safetensors::SafeTensors;
@@ -313,6 +318,43 @@ fn forward_gives_logits_in_the_shape_that_is_promised() {
         assert_eq!(file.names(), ["logits"]);
         assert_eq!(file.tensor("logits").expect("is there").shape(), shape);
     }
+}
+
+/// The embeddings in a file that `embed` wrote, a vector a text.
+fn embeddings(desk: &Desk, name: &str) -> Vec<Vec<f32>> {
+    let bytes = desk.bytes(name);
+    let file = SafeTensors::deserialize(&bytes).expect("is a safetensors file");
+    assert_eq!(file.names(), ["embeddings"]);
+    let tensor = file.tensor("embeddings").expect("is there");
+    let number = |bytes: &[u8]| f32::from_le_bytes(bytes.try_into().expect("has four bytes"));
+    let numbers: Vec<f32> = tensor.data().chunks(4).map(number).collect();
+    numbers.chunks(tensor.shape()[1]).map(<[f32]>::to_vec).collect()
+}
+
+#[test]
+fn embeddings_have_length_one_whatever_lies_beside_them() {
+    let desk = classify();
+    let embed = "embed --model @models/bert --per-device-eval-batch-size 2";
+    desk.write("texts.tsv", "text\nw1\nw3 w4 w5 w6 w7 w8\nw9 w10\n");
+    desk.good(&format!("{embed} --test-file /texts.tsv --text w2 --output /all.safetensors"));
+    let all = embeddings(&desk, "all.safetensors");
+    assert_eq!((all.len(), all[0].len()), (4, 32));
+    for one in &all {
+        let length: f32 = one.iter().map(|x| x * x).sum::<f32>().sqrt();
+        assert!((length - 1.0).abs() < 1e-5, "{length}");
+    }
+    let far =
+        |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    // Alone it has no padding, in the file it has five tokens of it.
+    desk.good(&format!("{embed} --text w1 --output /one.safetensors"));
+    let one = embeddings(&desk, "one.safetensors");
+    assert!(far(&one[0], &all[0]) < 1e-5, "differs by {}", far(&one[0], &all[0]));
+    desk.good(&format!("{CLASSIFY} --max-steps 4 --output-dir /out"));
+    desk.good(&format!("{embed} --adapter /out --text w1 --output /adapted.safetensors"));
+    let adapted = embeddings(&desk, "adapted.safetensors");
+    assert!(far(&one[0], &adapted[0]) > 1e-3, "the adapter changes nothing");
+    let nothing = desk.run(&format!("{embed} --output /none.safetensors"));
+    assert!(String::from_utf8_lossy(&nothing.stderr).contains("give --text or --test-file"));
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 #[path = "../../examples/any_model.rs"]
 mod any_model;
+mod combine;
 mod hf;
 mod hf_convolutions;
 mod hf_methods;
@@ -15,7 +16,7 @@ use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft::core::{
     AdapterConfig, Adapters, BASE, Bank, Error, Folded, Folds, Method, Scope, Sites, Targets,
-    Trained, adapt, load, merge, save, trained_parameters,
+    Trained, adapt, load, merge, save, survey, trained_parameters,
 };
 use burn_peft::device;
 use burn_peft::registry::{ForEach, NAMES, for_each_method};
@@ -66,9 +67,11 @@ impl<L: Law> ForEach for Over<'_, L> {
             let mut served = [0, 0];
             for (wide, targets) in targets::<T>(&sites).into_iter().enumerate() {
                 for (index, method) in T::samples(&targets).into_iter().enumerate() {
+                    let name = format!("{} sample {index} {wide} on {backend}", T::NAME);
+                    let method = survey(method, &sites, &model);
                     let case = Case {
-                        name: format!("{} sample {index} {wide} on {backend}", T::NAME),
-                        method,
+                        method: method.unwrap_or_else(|error| panic_at(&name, &error)),
+                        name,
                         device: device.clone(),
                         model: model.clone(),
                         sites: sites.clone(),
@@ -420,6 +423,10 @@ law!(
         assert!(load::<T>(folder.path(), &other, &case.device).is_err(), "{}", case.name);
     }
 );
+
+// After the macro, which it uses.
+mod convert;
+mod data_inits;
 
 #[test]
 fn every_method_is_found_by_its_name() {

@@ -1,0 +1,48 @@
+//! A part of the training data, for what must be known before adapters are built.
+
+use crate::{Objective, TrainFeed};
+use burn::tensor::{Device, Tensor};
+use burn_peft_core::{Counted, Passes, Scope};
+use std::sync::OnceLock;
+
+/// The first batches of a training with its model, for a [`survey`](burn_peft_core::survey()). They are
+/// made when they are first asked for.
+#[derive(Debug)]
+pub struct Sample<'a, B: Objective> {
+    base: &'a B,
+    device: &'a Device,
+    feed: &'a TrainFeed<B::Batch>,
+    count: usize,
+    made: OnceLock<Vec<B::Batch>>,
+}
+
+impl<'a, B: Objective> Sample<'a, B> {
+    /// At most `count` batches of the first epoch of `feed`; `base` lives on the plain `device`.
+    pub fn new(
+        base: &'a B,
+        device: &'a Device,
+        feed: &'a TrainFeed<B::Batch>,
+        count: usize,
+    ) -> Self {
+        Self { base, device, feed, count, made: OnceLock::new() }
+    }
+
+    fn made(&self) -> &[B::Batch] {
+        self.made.get_or_init(|| self.feed.first(self.count))
+    }
+}
+
+impl<B: Objective> Passes for Sample<'_, B> {
+    fn batches(&self) -> usize {
+        self.made().len()
+    }
+
+    fn loss(&self, batch: usize, cx: &Scope<'_>) -> Tensor<1> {
+        let batch = &self.made()[batch];
+        self.base.loss(batch, self.device, cx).sum / B::targets(batch).max(1) as f64
+    }
+
+    fn counted(&self, batch: usize, targets_only: bool) -> Counted {
+        B::counted(&self.made()[batch], targets_only)
+    }
+}
