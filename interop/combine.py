@@ -5,6 +5,9 @@ layer, the factors `A` and `B` of the result and its scale; `torch.bernoulli` dr
 seeded anew for each case.
 """
 
+import json
+from pathlib import Path
+
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
@@ -17,7 +20,8 @@ SEED = 11
 RULES = [
     ("linear", {}), ("cat", {}), ("svd", {}), ("svd", {"svd_rank": 2}),
     ("ties", {"density": 0.5}), ("ties", {"density": 0.3, "majority_sign_method": "frequency"}),
-    ("ties_svd", {"density": 0.5, "svd_rank": 3}), ("ties_svd", {"density": 0.3, "majority_sign_method": "frequency", "svd_rank": 3}),
+    ("ties_svd", {"density": 0.5, "svd_rank": 3}),
+    ("ties_svd", {"density": 0.3, "majority_sign_method": "frequency", "svd_rank": 3}),
     ("dare_linear", {"density": 0.6}), ("dare_linear_svd", {"density": 0.6, "svd_rank": 2}),
     ("dare_ties", {"density": 0.6}), ("dare_ties_svd", {"density": 0.6, "svd_rank": 3}),
     ("magnitude_prune", {"density": 0.4}), ("magnitude_prune_svd", {"density": 0.4}),
@@ -94,7 +98,7 @@ def well_cut(svd, name, case, rank):
     matrix is `ε·σ / gap` in the result, which at this bound leaves the tests' 1e-5."""
     def checked(matrix, **options):
         found = svd(matrix, **options)
-        values = found[1]
+        values = found[1].detach()
         if rank < len(values) and values[rank - 1] > 1e-5 * values[0]:
             gap = 1 - float(values[rank] / values[rank - 1])
             assert gap > 0.03, f"{name} {case}: the gap at rank {rank} is {gap:.1e} of the value; take another rank"
@@ -131,8 +135,6 @@ def write(root):
 
 
 def save(model, folder, configs):
-    import json
-
     for config in configs.values():
         config.base_model_name_or_path = None
     model.save_pretrained(folder)
@@ -145,6 +147,4 @@ def save(model, folder, configs):
 
 
 if __name__ == "__main__":
-    from pathlib import Path
-
     write(Path(__file__).resolve().parent.parent / "fixtures")

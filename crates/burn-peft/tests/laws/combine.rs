@@ -79,7 +79,6 @@ fn options(case: &str) -> Combine {
             (other, _) => unreachable!("{other}"),
         }
     }
-    // HF PEFT takes a lone adapter as it is, whatever was asked for.
     how
 }
 
