@@ -73,6 +73,8 @@ pub(crate) struct Ready<M> {
     pub(crate) device: Device,
     /// Parameters drawn at random because nothing held them.
     pub(crate) fresh: Vec<String>,
+    /// A parameter that the model lacks and several adapters bring, if there is one.
+    contested: Option<String>,
 }
 
 impl<M> Ready<M> {
@@ -99,19 +101,21 @@ fn ready<M: Pretrained>(
         };
         adapters.iter().filter(|a| laid(a.as_ref())).count()
     };
-    if let Some(name) = loaded.fresh.iter().find(|name| brought(name) > 1) {
-        return Err(Failure::new(format!(
-            "{}: has no `{name}`, and more than one --adapter brings it; give one of them",
-            args.model.display()
-        )));
-    }
+    let contested = loaded.fresh.iter().find(|name| brought(name) > 1).cloned();
     let fresh: Vec<String> = loaded.fresh.into_iter().filter(|name| brought(name) == 0).collect();
-    Ok(Ready { model: loaded.model, adapters, device, fresh })
+    Ok(Ready { model: loaded.model, adapters, device, fresh, contested })
 }
 
 impl<M: Pretrained> Ready<M> {
-    /// Refuses to answer with weights that nobody trained.
+    /// Refuses to answer with weights that nobody trained, or with the sum of several adapters' own.
     pub(crate) fn refuse_fresh(&self, folder: &Path) -> Result<(), Failure> {
+        if let Some(name) = &self.contested {
+            return Err(Failure::new(format!(
+                "{}: has no `{name}`, and more than one --adapter brings it; give one of them, or make \
+                 one of them all by burn-peft combine",
+                folder.display()
+            )));
+        }
         match self.fresh.first() {
             None => Ok(()),
             Some(name) => Err(Failure::new(format!(
@@ -181,5 +185,7 @@ pub(crate) fn classifier(
 pub(crate) fn causal(args: &ModelArgs) -> Result<Ready<LlamaForCausalLM>, Failure> {
     let device = burn_peft::device::by_name(&args.device)?;
     let loaded = LlamaForCausalLM::load(&args.model, Precision::F32, 0, &device, |_| ())?;
-    ready(args, loaded, device)
+    let ready = ready(args, loaded, device)?;
+    ready.refuse_fresh(&args.model)?;
+    Ok(ready)
 }

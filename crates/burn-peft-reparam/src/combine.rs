@@ -8,6 +8,7 @@ use crate::merging::{Arithmetic, Prune, Settings};
 use crate::plain::{Piece, Plain, bias_copy, is_whole, plain_copy};
 use crate::torch_random::TorchRandom;
 use burn::linalg::qr;
+use burn::module::Param;
 use burn::tensor::{DType, Tensor, TensorData};
 use burn_peft_core::{Adapters, Error, Folds, Kind, Method, Site, Sites, TrainedCopy};
 use std::collections::BTreeSet;
@@ -20,14 +21,15 @@ pub type Weighted<'a> = (&'a Adapters<LoraAdapter>, &'a Lora, f64);
 ///
 /// A place that only some of them adapt gets the combination of those. Ranks, alphas, rsLoRA and patterns
 /// may differ; the result's are in its configuration. Biases (trained ones and `lora_bias`) are added up
-/// with the weights, whatever the rule. A layer that is trained whole (`modules_to_save`) goes along as it
-/// is if one adapter has it.
+/// with the weights, whatever the rule. A layer that is trained whole (`modules_to_save`), such as a head,
+/// becomes the weighted mean `Σ wᵢ·Wᵢ / Σ wᵢ` of those that train it, which does not ask what the base has
+/// there; one that a single adapter trains goes along as it is.
 ///
 /// # Errors
 /// Options that do not belong to the rule; a weight or an adapter that is not finite; DoRA, whose
-/// difference is no product; a layer that several adapters train whole, or one trains whole and another
-/// adapts, as in HF PEFT. For HF PEFT's rules (`hf_`) also what they cannot do: factors of different ranks,
-/// biases, 1d convolutions in the svd family.
+/// difference is no product; a layer that one adapter trains whole and another adapts, or that several train
+/// whole at weights whose sum is 0. For HF PEFT's rules (`hf_`) also what they cannot do: factors of different
+/// ranks, biases, 1d convolutions in the svd family, a layer that several train whole.
 pub fn combine(sites: &Sites, parts: &[Weighted<'_>], how: &Combine) -> Result<Converted, Error> {
     how.check(parts.len())?;
     let mut places = BTreeSet::new();
@@ -94,14 +96,19 @@ fn ranks<'a>(parts: &'a [Weighted<'_>]) -> impl Iterator<Item = usize> + 'a {
 fn copied(site: &Site, parts: &[Weighted<'_>], by_hf: bool) -> Result<Option<TrainedCopy>, Error> {
     let path = &site.path;
     let holders = || parts.iter().filter_map(|(of, _, weight)| Some((of.copy(path)?, *weight)));
-    if let Some((whole, _)) = holders().find(|(copy, _)| is_whole(copy)) {
+    if holders().any(|(copy, _)| is_whole(copy)) {
         let adapted = parts.iter().any(|(adapters, ..)| adapters.get(path).is_some());
-        if holders().count() > 1 || adapted {
-            let reason = "one adapter trains the layer whole (modules_to_save) and another changes it, \
-                          too, which has no sum; expected one adapter alone to change it";
+        if adapted || holders().any(|(copy, _)| !is_whole(copy)) {
+            let reason = "one adapter trains the layer whole (modules_to_save) and another changes it in \
+                          another way, which has no sum; expected all to train it whole, or one alone";
             return Err(Error::place(path, reason));
         }
-        return Ok(Some(plain_copy(whole)));
+        let wholes: Vec<(&TrainedCopy, f64)> = holders().collect();
+        return match &wholes[..] {
+            [(whole, _)] => Ok(Some(plain_copy(whole))),
+            _ if by_hf => Err(hf_cannot(site, "has no rule for a layer that several train whole")),
+            _ => mean(path, &wholes).map(Some),
+        };
     }
     let Some(b) = &site.bias else {
         return Ok(None);
@@ -119,6 +126,32 @@ fn copied(site: &Site, parts: &[Weighted<'_>], by_hf: bool) -> Result<Option<Tra
         Some(_) if by_hf => Err(hf_cannot(site, "has no rule for trained biases")),
         sum => Ok(sum.map(bias_copy)),
     }
+}
+
+/// `Σ wᵢ·Wᵢ / Σ wᵢ` of layers trained whole, their biases likewise.
+fn mean(path: &str, wholes: &[(&TrainedCopy, f64)]) -> Result<TrainedCopy, Error> {
+    fn of<const D: usize>(
+        wholes: &[(&TrainedCopy, f64)],
+        total: f64,
+        part: impl Fn(&TrainedCopy) -> &Option<Param<Tensor<D>>>,
+    ) -> Option<Param<Tensor<D>>> {
+        let share = |(whole, weight): &(&TrainedCopy, f64)| {
+            Some(part(whole).as_ref()?.val().without_autodiff() * (weight / total))
+        };
+        let shares: Option<Vec<Tensor<D>>> = wholes.iter().map(share).collect();
+        shares?.into_iter().reduce(|sum, share| sum + share).map(Param::from_tensor)
+    }
+    let total: f64 = wholes.iter().map(|(_, weight)| weight).sum();
+    if total.abs() < 1e-6 {
+        let reason = "several adapters train the layer whole (modules_to_save) and their weights add up to \
+                      0; expected weights with a mean";
+        return Err(Error::place(path, reason));
+    }
+    Ok(TrainedCopy {
+        weight: of(wholes, total, |whole| &whole.weight),
+        scale: of(wholes, total, |whole| &whole.scale),
+        bias: of(wholes, total, |whole| &whole.bias),
+    })
 }
 
 /// `Σ wᵢ·sᵢ·biasᵢ` of `lora_bias`; none where no adapter has one.
@@ -436,12 +469,26 @@ mod tests {
         assert_eq!(found.method.targets.modules_to_save, Some(vec!["second".into()]));
 
         let both = [0, 1].map(|_| trained(&sites, biased(Some(vec!["second".into()]))));
+        let found = made(&sites, &both, &rule("cat")).expect("combines");
+        // The weights are 0.7 and -0.4.
+        let mean = (weight(&both[0].0) * 0.7 - weight(&both[1].0) * 0.4) / 0.3;
+        let far = (weight(&found.adapters) - mean).abs().max().into_scalar::<f32>();
+        assert!(far < 1e-5, "{far}");
+        let saving =
+            Targets { modules_to_save: Some(vec!["second".into()]), ..Targets::list(["first"]) };
+        let plain = [0, 1].map(|_| trained(&sites, Lora::new(2, 4.0, saving.clone())));
+        let said = made(&sites, &plain, &rule("hf_cat")).expect_err("HF has none").to_string();
+        assert!(said.starts_with("second: HF PEFT"), "{said}");
+        let balanced: Vec<crate::Weighted<'_>> =
+            both.iter().zip([0.5, -0.5]).map(|((of, lora), weight)| (of, lora, weight)).collect();
+        let said = combine(&sites, &balanced, &rule("cat")).expect_err("has no mean").to_string();
+        assert!(said.starts_with("second: ") && said.contains("add up to 0"), "{said}");
+
         let adapted = trained(&sites, Lora::new(2, 4.0, Targets::list(["second"])));
         let [first, _] = parts;
-        for parts in [both, [first, adapted]] {
-            let said = made(&sites, &parts, &rule("cat")).expect_err("has no sum").to_string();
-            assert!(said.starts_with("second: ") && said.contains("modules_to_save"), "{said}");
-        }
+        let said = made(&sites, &[first, adapted], &rule("cat")).expect_err("has no sum");
+        let said = said.to_string();
+        assert!(said.starts_with("second: ") && said.contains("modules_to_save"), "{said}");
     }
 
     #[test]

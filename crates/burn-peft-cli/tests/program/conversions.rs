@@ -1,6 +1,6 @@
 //! `convert` and `combine`: the same function by other factors.
 
-use crate::{CLASSIFY, Desk, SPEAK, classify, logits};
+use crate::{CLASSIFY, Desk, SPEAK, classify, fixture, logits};
 use safetensors::SafeTensors;
 
 fn forward(desk: &Desk, model: &str, adapter: &str) -> Vec<f32> {
@@ -52,13 +52,53 @@ fn another_method_becomes_a_lora() {
     ] {
         let refused = desk.run(&format!("{convert} {more} --output-dir /refused"));
         let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-        // Two adapters that both bring the head are refused for that.
-        let head = more.contains("/boft") && said.contains("more than one --adapter");
-        assert!(!refused.status.success() && (said.contains(says) || head), "{more}: {said}");
+        assert!(!refused.status.success() && said.contains(says), "{more}: {said}");
         assert!(!desk.path("refused/adapter_config.json").exists(), "{more}");
     }
     let again = desk.run(&format!("{convert} --rank 2 --output-dir /whole"));
     assert!(String::from_utf8_lossy(&again.stderr).contains("--overwrite"));
+}
+
+/// The fixture's BERT without its head, as models come from pretraining.
+fn headless(desk: &Desk) {
+    let from = fixture("models/bert");
+    std::fs::create_dir_all(desk.path("bert")).expect("makes a folder");
+    for entry in std::fs::read_dir(&from).expect("is committed").flatten() {
+        std::fs::copy(entry.path(), desk.path("bert").join(entry.file_name())).expect("copies");
+    }
+    let bytes = std::fs::read(from.join("model.safetensors")).expect("is committed");
+    let file = SafeTensors::deserialize(&bytes).expect("is a safetensors file");
+    let body = file.tensors().into_iter().filter(|(name, _)| !name.starts_with("classifier"));
+    let bytes = safetensors::serialize(body, None).expect("is a file");
+    std::fs::write(desk.path("bert/model.safetensors"), bytes).expect("writes");
+}
+
+/// Two heads for the same classes become their mean, so that what was trained apart answers together.
+#[test]
+fn two_classifiers_become_one() {
+    let desk = classify();
+    headless(&desk);
+    for (seed, out) in [("--seed 1", "/one"), ("--seed 2", "/two")] {
+        let line = CLASSIFY.replace("--seed 3", seed).replace("@models/bert", "/bert");
+        desk.good(&format!("{line} --max-steps 12 --output-dir {out}"));
+    }
+    let apart = desk.run("eval --model /bert --adapter /one --adapter /two --test-file /test.tsv");
+    let said = String::from_utf8_lossy(&apart.stderr).into_owned();
+    assert!(!apart.status.success() && said.contains("burn-peft combine"), "{said}");
+    let combine = "combine --model /bert --adapter /one --adapter /two --combination cat";
+    desk.good(&format!("{combine} --weight 1 --weight 0 --output-dir /first"));
+    desk.good(&format!("{combine} --weight 0.5 --weight 0.5 --output-dir /both"));
+    let inputs = "--inputs @models/bert/golden.safetensors --output /o.safetensors";
+    let [first, one, both] = ["/first", "/one", "/both"].map(|adapter| {
+        desk.good(&format!("forward --model /bert --adapter {adapter} {inputs}"));
+        logits(&desk, "o.safetensors")
+    });
+    assert!(far(&first, &one) < 1e-4, "{}", far(&first, &one));
+    assert!(far(&both, &one) > 1e-4 && both.iter().all(|v| v.is_finite()));
+    assert_eq!(desk.json("both/labels.json"), desk.json("one/labels.json"));
+    let said = desk.run(&format!("{combine} --weight 1 --weight -1 --output-dir /none"));
+    let said = String::from_utf8_lossy(&said.stderr).into_owned();
+    assert!(said.contains("classifier: ") && said.contains("add up to 0"), "{said}");
 }
 
 /// The same adapter at another strength, by what multiplies its `A`.
