@@ -41,7 +41,7 @@ pub struct AutoLora {
     pub search_steps: Option<usize>,
     /// In the search, every so many steps one is the selection's; default 2.
     pub selection_every: usize,
-    /// Least `α_j` of a component that stays; default `1/r`, the mean.
+    /// Least `α_j` of a component that stays; default `1/r`, the mean (the paper's threshold as remembered).
     pub threshold: Option<f64>,
     /// Steps of the whole training; default: as many as it has.
     pub total_step: Option<usize>,

@@ -32,7 +32,7 @@ pub struct DeltaLora {
     /// Rank, scale and places, as in LoRA; `lora_dropout` must be 0.
     #[serde(flatten)]
     pub low_rank: LowRank,
-    /// `λ`, how far the weight moves for a move of the product; default 2.
+    /// `λ`, how far the weight moves for a move of the product; default 2, the value of the paper as remembered.
     pub delta_lambda: f64,
     /// `K`, the step after which the weight begins to move; default 0.
     pub start_step: usize,

@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 ///
 /// In training the gradient of `B`, clipped, is corrected before the optimizer's step:
 /// `∂B ← (AᵀA + δI)⁻¹·∂B / s²` with `δ = 1e-8`. Of all steps of `B` that is the one whose effect on `W` comes
-/// nearest to full fine-tuning's (the paper's second version; HF PEFT's LoRA-FA optimizer).
+/// nearest to full fine-tuning's (as in HF PEFT's LoRA-FA optimizer).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct LoraFa {
