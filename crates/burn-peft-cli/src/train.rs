@@ -432,7 +432,7 @@ fn finish<B: Objective + Pretrained>(setup: &Setup, prepared: Prepared<B>) -> Re
         stop,
     };
     let observer = Box::new((Console::new(), (metrics_file, kept.clone())));
-    let fitted = run.fit_any(adapters, guide, observer)?;
+    let fitted = run.fit(adapters, guide, observer)?;
     let events = kept.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let title = format!("{name} on {}", setup.model.display());
     burn_peft::train::plot::draw(&out.join("training.svg"), &title, &events)?;

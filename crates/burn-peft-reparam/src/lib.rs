@@ -6,6 +6,7 @@ mod aflora;
 mod aflora_policy;
 mod auto_lora;
 mod auto_lora_policy;
+mod beside;
 mod boft;
 mod c3a;
 mod capaboost;

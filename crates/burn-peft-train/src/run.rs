@@ -7,7 +7,7 @@ use crate::{
     BestBy, EvalFeed, Event, Objective, Observer, Options, Report, StepSettings, TrainError,
     TrainFeed, Tuned,
 };
-use burn::module::{Module, ModuleDisplay, ModuleVisitor, Param};
+use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
 use burn::tensor::{Device, Tensor};
 use burn::train::checkpoint::{CheckpointingAction, FileCheckpointer};
@@ -17,7 +17,7 @@ use burn::train::{
     SupervisedTrainingEventProcessor, TrainLoader, TrainingComponents, TrainingStrategy,
     ValidLoader,
 };
-use burn_peft_core::{Adapter, Adapters, AnyAdapter, Guide, Policy};
+use burn_peft_core::{Adapters, AnyAdapter, Guide, Policy};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -49,9 +49,9 @@ pub struct Run<B: Objective> {
 
 /// What a run ends with.
 #[derive(Debug)]
-pub struct Fitted<A: Module + ModuleDisplay> {
+pub struct Fitted {
     /// The best adapters by the validation data; the last ones where there is none.
-    pub adapters: Adapters<A>,
+    pub adapters: Adapters<AnyAdapter>,
     /// Optimizer steps made, with those before a resume.
     pub steps: usize,
     /// Seconds spent training and evaluating, with those before a resume.
@@ -65,39 +65,18 @@ pub struct Fitted<A: Module + ModuleDisplay> {
 }
 
 impl<B: Objective> Run<B> {
-    /// Trains `adapters`, guided by their method, and returns the best.
+    /// Trains [erased](Adapters::erased) adapters, guided by their method, and returns the best, which are
+    /// [typed](Adapters::typed) again by who knows their method.
     ///
     /// # Errors
     /// Options that cannot work, a loss that is no number, a checkpoint that cannot be read or
     /// written, or one of another run.
-    pub fn fit<A, O>(
-        self,
-        adapters: &Adapters<A>,
-        guide: Guide<A>,
-        observer: O,
-    ) -> Result<Fitted<A>, TrainError>
-    where
-        A: Module + ModuleDisplay + Adapter + 'static,
-        O: Observer + 'static,
-    {
-        let fitted = self.fit_any(adapters.erased(), guide.erased(), Box::new(observer))?;
-        let Some(adapters) = fitted.adapters.typed() else {
-            return Err(TrainError::option("train", "the adapters came back as another method's"));
-        };
-        let Fitted { steps, seconds, best, interrupted, tokens, .. } = fitted;
-        Ok(Fitted { adapters, steps, seconds, best, interrupted, tokens })
-    }
-
-    /// [`Run::fit`] for adapters whose method is known at run time only.
-    ///
-    /// # Errors
-    /// As [`Run::fit`].
-    pub fn fit_any(
+    pub fn fit(
         self,
         adapters: Adapters<AnyAdapter>,
         guide: Guide<AnyAdapter>,
         observer: Box<dyn Observer>,
-    ) -> Result<Fitted<AnyAdapter>, TrainError> {
+    ) -> Result<Fitted, TrainError> {
         self.options.check()?;
         if self.valid.is_empty() {
             for (option, asked) in [
