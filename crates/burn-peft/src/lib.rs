@@ -8,9 +8,11 @@
 pub mod device;
 pub mod registry;
 
+pub use burn_peft_additive as additive;
 pub use burn_peft_core as core;
 pub use burn_peft_models as models;
 pub use burn_peft_reparam as reparam;
+pub use burn_peft_selective as selective;
 pub use burn_peft_train as train;
 
 /// What most programs need.
