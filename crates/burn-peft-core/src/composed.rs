@@ -24,7 +24,7 @@ pub fn linear<F: Fold + ?Sized>(fold: &F, layer: &Linear, x: &Tensor<3>) -> Opti
     // A base in half precision is met in the adapter's.
     let dtype = delta.dtype();
     let bias = bias(fold, layer.bias.as_ref().map(|b| b.val().cast(dtype)));
-    let y = burn::tensor::module::linear(x.clone().cast(dtype), w.cast(dtype) + delta, bias);
+    let y = burn_peft_kernels::linear(x.clone().cast(dtype), w.cast(dtype) + delta, bias);
     Some(y.cast(x.dtype()))
 }
 

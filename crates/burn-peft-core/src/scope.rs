@@ -5,6 +5,7 @@ use burn::module::Param;
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Embedding, LayerNorm, Linear, RmsNorm};
 use burn::tensor::{Int, Tensor};
+use burn_peft_kernels as kernels;
 
 /// How strongly an adapter lies over a place.
 #[derive(Debug, Clone)]
@@ -129,7 +130,7 @@ impl<'a> Scope<'a> {
     pub fn linear<const D: usize>(&self, layer: &Linear, x: Tensor<D>) -> Tensor<D> {
         let laid = self.laid();
         if laid.is_empty() {
-            return layer.forward(x);
+            return frozen(layer, x);
         }
         let mut dims = x.dims();
         let (batch, width) = (dims[0], dims[D - 1]);
@@ -142,7 +143,7 @@ impl<'a> Scope<'a> {
             _ => None,
         };
         let y = alone.unwrap_or_else(|| {
-            let y0 = layer.forward(x.clone());
+            let y0 = frozen(layer, x.clone());
             sum(laid, &x, y0, |a, x, y| a.linear(layer, x, y))
         });
         let [_, _, out] = y.dims();
@@ -168,24 +169,25 @@ impl<'a> Scope<'a> {
         sum(self.laid(), &x, y0, |a, x, y| a.conv2d(layer, x, y))
     }
 
-    /// A layer norm with what lies over it, `[.., dim]`.
-    pub fn layer_norm<const D: usize>(&self, layer: &LayerNorm, x: Tensor<D>) -> Tensor<D> {
+    /// A layer norm with what lies over it, `[.., dim]`. `epsilon` is the one that `layer` was made with:
+    /// Burn's layer keeps it to itself, and its own forward is not fused in training.
+    pub fn layer_norm<const D: usize>(
+        &self,
+        layer: &LayerNorm,
+        epsilon: f64,
+        x: Tensor<D>,
+    ) -> Tensor<D> {
         self.norm(x, |x, (scale, shift)| {
-            let mut layer = layer.clone();
-            replace(&mut layer.gamma, scale);
-            if let Some(beta) = &mut layer.beta {
-                replace(beta, shift);
-            }
-            layer.forward(x)
+            let own_shift = layer.beta.as_ref().map(Param::val);
+            let scale = scale.unwrap_or_else(|| layer.gamma.val());
+            kernels::layer_norm(x, scale, own_shift.map(|own| shift.unwrap_or(own)), epsilon)
         })
     }
 
     /// A root-mean-square norm with what lies over it, `[.., dim]`.
     pub fn rms_norm<const D: usize>(&self, layer: &RmsNorm, x: Tensor<D>) -> Tensor<D> {
         self.norm(x, |x, (scale, _)| {
-            let mut layer = layer.clone();
-            replace(&mut layer.gamma, scale);
-            layer.forward(x)
+            kernels::rms_norm(x, scale.unwrap_or_else(|| layer.gamma.val()), layer.epsilon)
         })
     }
 
@@ -208,10 +210,8 @@ impl<'a> Scope<'a> {
     }
 }
 
-fn replace<const D: usize>(param: &mut Param<Tensor<D>>, value: Option<Tensor<D>>) {
-    if let Some(value) = value {
-        *param = Param::initialized(param.id, value);
-    }
+fn frozen<const D: usize>(layer: &Linear, x: Tensor<D>) -> Tensor<D> {
+    kernels::linear(x, layer.weight.val(), layer.bias.as_ref().map(Param::val))
 }
 
 /// What enters a layer: it can be cut to some rows of the batch.

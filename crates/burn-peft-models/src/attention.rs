@@ -1,6 +1,5 @@
-//! Scaled dot-product attention over plain and autodiff tensors alike.
+//! Heads and masks of attention.
 
-use burn::tensor::activation::softmax;
 use burn::tensor::{Device, Tensor, TensorData};
 
 /// What is added to the score of a pair that must not see each other: finite, so that a row of
@@ -11,31 +10,6 @@ const HIDDEN: f32 = -1e9;
 pub(crate) fn split_heads(x: Tensor<3>, heads: usize) -> Tensor<4> {
     let [batch, seq, width] = x.dims();
     x.reshape([batch, seq, heads, width / heads]).swap_dims(1, 2)
-}
-
-/// `softmax(q·kᵀ/√d + mask)·v`, heads joined again.
-///
-/// `q [batch, heads, seq, d]`; `k`, `v [batch, groups, total, d]`, where `heads` is a multiple of
-/// `groups` (grouped-query attention: neighbouring heads share a group's keys and values, which
-/// are not copied for it); `mask [batch or 1, 1, seq or 1, total]`. Returns `[batch, seq, heads · d]`.
-pub(crate) fn attention(
-    q: Tensor<4>,
-    k: Tensor<4>,
-    v: Tensor<4>,
-    mask: Option<Tensor<4>>,
-) -> Tensor<3> {
-    let [batch, heads, seq, d] = q.dims();
-    let [_, groups, total, _] = k.dims();
-    let share = heads / groups;
-    // The scale goes on the smaller side.
-    let q = (q * (d as f64).powf(-0.5)).reshape([batch, groups, share * seq, d]);
-    let mut scores = q.matmul(k.swap_dims(2, 3)).reshape([batch, heads, seq, total]);
-    if let Some(mask) = mask {
-        scores = scores + mask;
-    }
-    let weights = softmax(scores, 3).reshape([batch, groups, share * seq, total]);
-    let mixed = weights.matmul(v).reshape([batch, heads, seq, d]);
-    mixed.swap_dims(1, 2).reshape([batch, seq, heads * d])
 }
 
 /// Hides padding from everyone: `[batch, 1, 1, seq]`; `None` where there is no padding.

@@ -3,13 +3,14 @@
 #![allow(non_snake_case)]
 
 use crate::Tokens;
-use crate::attention::{attention, padding_mask, split_heads};
+use crate::attention::{padding_mask, split_heads};
 use crate::load::{Pretrained, linear, plausible, table};
 use burn::module::Module;
 use burn::nn::{Embedding, LayerNorm, LayerNormConfig, Linear};
-use burn::tensor::activation::{gelu, gelu_approximate, relu};
+use burn::tensor::activation::{gelu_approximate, relu};
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{Error, Scope};
+use burn_peft_kernels::{attention, gelu};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 
@@ -142,6 +143,8 @@ pub(crate) struct BertEmbeddings {
     position_embeddings: Embedding,
     token_type_embeddings: Embedding,
     LayerNorm: LayerNorm,
+    #[module(skip)]
+    epsilon: f64,
 }
 
 /// Queries, keys and values.
@@ -159,6 +162,8 @@ pub(crate) struct BertSelfAttention {
 pub(crate) struct BertOutput {
     dense: Linear,
     LayerNorm: LayerNorm,
+    #[module(skip)]
+    epsilon: f64,
 }
 
 /// Self-attention with its output.
@@ -221,12 +226,13 @@ impl BertOutput {
         Self {
             dense: linear(fan_in, config.hidden_size, true, device),
             LayerNorm: norm(config, device),
+            epsilon: config.layer_norm_eps,
         }
     }
 
     fn forward(&self, x: Tensor<3>, residual: Tensor<3>, cx: &Scope<'_>) -> Tensor<3> {
         let y = cx.at("dense").linear(&self.dense, x) + residual;
-        cx.at("LayerNorm").layer_norm(&self.LayerNorm, y)
+        cx.at("LayerNorm").layer_norm(&self.LayerNorm, self.epsilon, y)
     }
 }
 
@@ -276,6 +282,7 @@ impl BertModel {
                 position_embeddings: table(config.max_position_embeddings, h, device),
                 token_type_embeddings: table(config.type_vocab_size, h, device),
                 LayerNorm: norm(config, device),
+                epsilon: config.layer_norm_eps,
             },
             encoder: BertEncoder {
                 layer: (0..config.num_hidden_layers).map(layer).collect::<Result<_, _>>()?,
@@ -301,7 +308,8 @@ impl BertModel {
             at.at("token_type_embeddings").embedding(&parts.token_type_embeddings, ids(&types));
         let places =
             at.at("position_embeddings").embedding(&parts.position_embeddings, ids(&positions));
-        let mut x = at.at("LayerNorm").layer_norm(&parts.LayerNorm, words + types + places);
+        let mut x =
+            at.at("LayerNorm").layer_norm(&parts.LayerNorm, parts.epsilon, words + types + places);
         let mask = padding_mask(&tokens.mask, [tokens.batch, tokens.seq], &device);
         let at = cx.at("encoder");
         for (index, layer) in self.encoder.layer.iter().enumerate() {

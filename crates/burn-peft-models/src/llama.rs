@@ -1,13 +1,13 @@
 //! The Llama family (arXiv 2302.13971), laid out as in `transformers`.
 
 use crate::Tokens;
-use crate::attention::{attention, causal_mask, split_heads};
+use crate::attention::{causal_mask, split_heads};
 use crate::load::{Pretrained, linear, plausible, table};
 use burn::module::Module;
 use burn::nn::{Embedding, Linear, RmsNorm, RmsNormConfig};
-use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{Error, Scope};
+use burn_peft_kernels::{attention, rotate, silu_mul};
 use serde::Deserialize;
 
 /// The fields of `config.json` that shape the model, with `transformers`' defaults.
@@ -154,14 +154,6 @@ impl Rope {
     }
 }
 
-/// `x·cos + rotate_half(x)·sin`, where `rotate_half` is `(-x₂, x₁)` of the two halves.
-fn rotate(x: Tensor<4>, (cos, sin): &(Tensor<4>, Tensor<4>)) -> Tensor<4> {
-    let [batch, heads, seq, d] = x.dims();
-    let half = |range: std::ops::Range<usize>| x.clone().slice([0..batch, 0..heads, 0..seq, range]);
-    let turned = Tensor::cat(vec![-half(d / 2..d), half(0..d / 2)], 3);
-    x * cos.clone() + turned * sin.clone()
-}
-
 impl LlamaConfig {
     fn groups(&self) -> usize {
         self.num_key_value_heads.unwrap_or(self.num_attention_heads)
@@ -295,8 +287,8 @@ impl LlamaLayer {
         let q = at.at("q_proj").linear(&own.q_proj, norm.clone()); // [b, s, n·d]
         let k = at.at("k_proj").linear(&own.k_proj, norm.clone()); // [b, s, g·d]
         let v = at.at("v_proj").linear(&own.v_proj, norm);
-        let q = rotate(split_heads(q, heads), tables); // [b, n, s, d]
-        let k = rotate(split_heads(k, groups), tables);
+        let q = rotate(split_heads(q, heads), tables.0.clone(), tables.1.clone()); // [b, n, s, d]
+        let k = rotate(split_heads(k, groups), tables.0.clone(), tables.1.clone());
         let v = split_heads(v, groups);
         let (k, v) = match cache {
             Some((cache, layer)) => cache.extend(layer, k, v),
@@ -308,9 +300,9 @@ impl LlamaLayer {
         let after = &self.post_attention_layernorm;
         let norm = cx.at("post_attention_layernorm").rms_norm(after, x.clone());
         let (mlp, at) = (&self.mlp, cx.at("mlp"));
-        let gate = silu(at.at("gate_proj").linear(&mlp.gate_proj, norm.clone()));
+        let gate = at.at("gate_proj").linear(&mlp.gate_proj, norm.clone());
         let up = at.at("up_proj").linear(&mlp.up_proj, norm);
-        x + at.at("down_proj").linear(&mlp.down_proj, gate * up)
+        x + at.at("down_proj").linear(&mlp.down_proj, silu_mul(gate, up))
     }
 }
 
@@ -425,7 +417,7 @@ impl LlamaForCausalLM {
             Some(head) => cx.at("lm_head").linear(head, hidden),
             None => {
                 let table = self.model.embed_tokens.weight.val(); // [vocab, hidden]
-                burn::tensor::module::linear(hidden, table.transpose(), None)
+                burn_peft_kernels::linear(hidden, table.transpose(), None)
             }
         }
     }

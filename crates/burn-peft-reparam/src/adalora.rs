@@ -10,12 +10,13 @@ use crate::rank_mask::{cut, kept};
 use burn::module::{Module, Param};
 use burn::nn::conv::Conv2d;
 use burn::nn::{Dropout, DropoutConfig, Linear};
-use burn::tensor::module::{conv2d, linear};
+use burn::tensor::module::conv2d;
 use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{
     Adapter, Adapters, Biases, Error, Fold, Kind, Method, PlaceTensors, Policy, Site, Targets,
 };
+use burn_peft_kernels::linear;
 use indexmap::IndexMap;
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};

@@ -6,11 +6,11 @@ use crate::random::normal;
 use burn::module::{Module, Param};
 use burn::nn::conv::Conv2d;
 use burn::nn::{Dropout, DropoutConfig, Linear};
-use burn::tensor::module::linear;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft_core::{
     Adapter, Biases, Error, Fold, Kind, Method, PlaceTensors, Site, Targets, composed,
 };
+use burn_peft_kernels::linear;
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 

@@ -4,11 +4,11 @@ use crate::common::{Bias, drop, finite, positive, probability};
 use crate::random::uniform;
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig, Linear};
-use burn::tensor::module::linear;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{
     Adapter, Biases, Error, Fold, Kind, Method, PlaceTensors, Site, Targets, pattern_value,
 };
+use burn_peft_kernels::linear;
 use indexmap::IndexMap;
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};

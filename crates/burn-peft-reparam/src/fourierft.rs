@@ -5,12 +5,12 @@ use crate::random::normal;
 use crate::torch_random::TorchRandom;
 use burn::module::{Module, Param};
 use burn::nn::Linear;
-use burn::tensor::module::linear;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{
     Adapter, Biases, Error, Fold, Kind, Method, PlaceTensors, Site, Targets, composed,
     pattern_value,
 };
+use burn_peft_kernels::linear;
 use indexmap::IndexMap;
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};

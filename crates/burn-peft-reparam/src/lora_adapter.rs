@@ -7,10 +7,11 @@ use crate::layout::{expand, kernel};
 use burn::module::{Module, Param, ParamId};
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Dropout, DropoutConfig, Embedding, Linear};
-use burn::tensor::module::{conv1d, conv2d, embedding, linear};
+use burn::tensor::module::{conv1d, conv2d, embedding};
 use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Int, Tensor};
 use burn_peft_core::{Adapter, Fold, as_matrix};
+use burn_peft_kernels::linear;
 
 /// What LoRA trains at one place.
 #[derive(Module, Debug)]

@@ -5,12 +5,12 @@ use crate::lycoris::indexable;
 use crate::source::{Draw, Drawn, Read, Source};
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig, Linear};
-use burn::tensor::module::linear;
 use burn::tensor::ops::PadMode;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{
     Adapter, Biases, Error, Fold, Kind, Method, PlaceTensors, Site, Targets, composed,
 };
+use burn_peft_kernels::linear;
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 

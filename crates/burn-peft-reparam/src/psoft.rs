@@ -6,9 +6,9 @@ use crate::random::normal;
 use burn::linalg::svd;
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig, Linear};
-use burn::tensor::module::linear;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{Adapter, Error, Fold, Kind, Method, PlaceTensors, Site, Targets, site_rng};
+use burn_peft_kernels::linear;
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 

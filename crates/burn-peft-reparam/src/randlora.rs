@@ -7,9 +7,9 @@ use crate::source::laid_out;
 use crate::torch_random::TorchRandom;
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig, Linear};
-use burn::tensor::module::linear;
 use burn::tensor::{Device, Tensor, TensorData, bf16};
 use burn_peft_core::{Adapter, Biases, Error, Fold, Kind, Method, PlaceTensors, Site, Targets};
+use burn_peft_kernels::linear;
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 

@@ -3,9 +3,9 @@
 
 use crate::random::{normal, uniform};
 use burn::module::{Module, Param};
-use burn::tensor::module::linear;
 use burn::tensor::{Device, Tensor};
 use burn_peft_core::{Error, PlaceTensors};
+use burn_peft_kernels::linear;
 use rand::rngs::ChaCha8Rng;
 
 /// The same numbers on `device`, laid out without gaps: a transposed view is multiplied in another

@@ -6,9 +6,9 @@ use crate::shared::held;
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig, Linear};
 use burn::tensor::activation::softmax;
-use burn::tensor::module::linear;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft_core::{Adapter, Biases, Error, Fold, Kind, Method, PlaceTensors, Site, Targets};
+use burn_peft_kernels::linear;
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 

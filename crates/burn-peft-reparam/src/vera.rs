@@ -5,9 +5,9 @@ use crate::random::normal;
 use crate::shared::{Largest, Projections, held};
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig, Linear};
-use burn::tensor::module::linear;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{Adapter, Biases, Error, Fold, Kind, Method, PlaceTensors, Site, Targets};
+use burn_peft_kernels::linear;
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 

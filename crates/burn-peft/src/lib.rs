@@ -10,6 +10,7 @@ pub mod registry;
 
 pub use burn_peft_additive as additive;
 pub use burn_peft_core as core;
+pub use burn_peft_kernels as kernels;
 pub use burn_peft_models as models;
 pub use burn_peft_reparam as reparam;
 pub use burn_peft_selective as selective;

@@ -48,7 +48,7 @@ impl Probe {
         let x = relu(cx.at("query").linear(&self.query, x));
         let x = cx.at("conv").conv1d(&self.conv, x.swap_dims(1, 2)); // [batch, 6, seq]
         let x = cx.at("image").conv2d(&self.image, x.swap_dims(1, 2).unsqueeze_dim(1));
-        let x = cx.at("norm").layer_norm(&self.norm, flat(x));
+        let x = cx.at("norm").layer_norm(&self.norm, 1e-5, flat(x));
         let x = relu(cx.at("mix").linear(&self.mix, x));
         cx.at("head").linear(&self.head, x)
     }

@@ -1,0 +1,65 @@
+//! The same functions as compositions of Burn's operations: what runs where nothing is fused, and the
+//! reference of the fused forms.
+
+use burn::tensor::activation::{silu, softmax};
+use burn::tensor::{DType, Tensor};
+
+/// As [`linear`](crate::linear).
+pub fn linear<const D: usize>(x: Tensor<D>, w: Tensor<2>, b: Option<Tensor<1>>) -> Tensor<D> {
+    burn::tensor::module::linear(x, w, b)
+}
+
+/// As [`gelu`](crate::gelu).
+pub fn gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    burn::tensor::activation::gelu(x)
+}
+
+/// As [`silu_mul`](crate::silu_mul).
+pub fn silu_mul<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
+    silu(gate) * up
+}
+
+/// As [`layer_norm`](crate::layer_norm); half precision is widened for the sums.
+pub fn layer_norm<const D: usize>(
+    x: Tensor<D>,
+    gamma: Tensor<1>,
+    beta: Option<Tensor<1>>,
+    epsilon: f64,
+) -> Tensor<D> {
+    let own = x.dtype();
+    let wide = if matches!(own, DType::F16 | DType::BF16) { DType::F32 } else { own };
+    let beta = beta.map(|beta| beta.cast(wide));
+    burn::tensor::module::layer_norm(x.cast(wide), gamma.cast(wide), beta, epsilon).cast(own)
+}
+
+/// As [`rms_norm`](crate::rms_norm); half precision is widened for the sum.
+pub fn rms_norm<const D: usize>(x: Tensor<D>, gamma: Tensor<1>, epsilon: f64) -> Tensor<D> {
+    let own = x.dtype();
+    let wide = if matches!(own, DType::F16 | DType::BF16) { DType::F32 } else { own };
+    let rms = (x.clone().cast(wide).square().mean_dim(D - 1) + epsilon).sqrt();
+    x / rms.cast(own) * gamma.unsqueeze()
+}
+
+/// As [`rotate`](crate::rotate).
+pub fn rotate(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>) -> Tensor<4> {
+    let [batch, heads, seq, d] = x.dims();
+    let half = |range: std::ops::Range<usize>| x.clone().slice([0..batch, 0..heads, 0..seq, range]);
+    let turned = Tensor::cat(vec![-half(d / 2..d), half(0..d / 2)], 3);
+    x * cos + turned * sin
+}
+
+/// As [`attention`](crate::attention()).
+pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, mask: Option<Tensor<4>>) -> Tensor<3> {
+    let [batch, heads, seq, d] = q.dims();
+    let [_, groups, total, _] = k.dims();
+    let share = heads / groups;
+    // The scale goes on the smaller side; the heads of a group are rows of one product.
+    let q = (q * (d as f64).powf(-0.5)).reshape([batch, groups, share * seq, d]);
+    let mut scores = q.matmul(k.swap_dims(2, 3)).reshape([batch, heads, seq, total]);
+    if let Some(mask) = mask {
+        scores = scores + mask;
+    }
+    let weights = softmax(scores, 3).reshape([batch, groups, share * seq, total]);
+    let mixed = weights.matmul(v).reshape([batch, heads, seq, d]);
+    mixed.swap_dims(1, 2).reshape([batch, seq, heads * d])
+}

@@ -1,0 +1,142 @@
+//! `y = x·W + b`; `dx = g·Wᵀ`, `dW = xᵀ·g`, `db = Σ g`.
+
+use super::matrix::{Shape, View, ViewMut, matmul};
+use super::tensors::{dims, flat, in_order, make};
+use super::{Dense, Tracked};
+use burn::backend::Flex;
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+
+/// A weight as it lies, transposed or not; other layouts are copied into order.
+fn weight(w: &Dense) -> (Dense, usize, Shape) {
+    let positive = w.layout().strides().iter().all(|s| *s >= 0);
+    let w = if positive { w.clone() } else { w.to_contiguous() };
+    let layout = w.layout();
+    let [rows, cols] = [layout.shape()[0], layout.shape()[1]];
+    let [row_stride, col_stride] = [0, 1].map(|axis| layout.strides()[axis].unsigned_abs());
+    let start = layout.start_offset();
+    (w, start, Shape { rows, cols, row_stride, col_stride })
+}
+
+/// All leading axes are rows.
+fn rows(dims: &[usize]) -> (usize, usize) {
+    let width = dims.last().copied().unwrap_or(1);
+    (dims[..dims.len() - 1].iter().product(), width)
+}
+
+pub(super) fn forward(x: &Dense, w: &Dense, b: Option<&Dense>) -> Dense {
+    let (x, (w, start, shape)) = (in_order(x), weight(w));
+    let mut out_dims = dims(&x);
+    let (n, width) = rows(&out_dims);
+    if let Some(last) = out_dims.last_mut() {
+        *last = shape.cols;
+    }
+    let b = b.map(in_order);
+    make(out_dims, |out| {
+        if let (Some(b), true) = (&b, shape.cols > 0) {
+            out.chunks_exact_mut(shape.cols).for_each(|row| row.copy_from_slice(flat(b)));
+        }
+        let x = View::new(flat(&x), 0, Shape::rows(n, width));
+        let w = View::new(w.storage::<f32>(), start, shape);
+        let mut out = ViewMut::new(out, Shape::rows(n, shape.cols));
+        matmul(&mut out, b.is_some(), 1.0, x, w, false);
+    })
+}
+
+/// `g·Wᵀ`
+fn input_gradient(g: &Dense, w: &Dense) -> Dense {
+    let (g, (w, start, shape)) = (in_order(g), weight(w));
+    let mut out_dims = dims(&g);
+    let (n, width) = rows(&out_dims);
+    if let Some(last) = out_dims.last_mut() {
+        *last = shape.rows;
+    }
+    make(out_dims, |out| {
+        let g = View::new(flat(&g), 0, Shape::rows(n, width));
+        let w = View::new(w.storage::<f32>(), start, shape).transposed();
+        matmul(&mut ViewMut::new(out, Shape::rows(n, shape.rows)), false, 1.0, g, w, false);
+    })
+}
+
+/// `xᵀ·g`
+fn weight_gradient(x: &Dense, g: &Dense) -> Dense {
+    let (x, g) = (in_order(x), in_order(g));
+    let ((n, fan_in), (_, fan_out)) = (rows(&dims(&x)), rows(&dims(&g)));
+    make([fan_in, fan_out], |out| {
+        let x = View::new(flat(&x), 0, Shape::rows(n, fan_in)).transposed();
+        let g = View::new(flat(&g), 0, Shape::rows(n, fan_out));
+        matmul(&mut ViewMut::new(out, Shape::rows(fan_in, fan_out)), false, 1.0, x, g, false);
+    })
+}
+
+/// `Σ g` over the rows, in their order.
+fn bias_gradient(g: &Dense) -> Dense {
+    let g = in_order(g);
+    let (_, width) = rows(&dims(&g));
+    make([width], |out| {
+        for row in flat(&g).chunks_exact(width.max(1)) {
+            out.iter_mut().zip(row).for_each(|(sum, g)| *sum += g);
+        }
+    })
+}
+
+#[derive(Debug)]
+struct Step;
+
+/// What backward needs: the input for the weight's gradient, the weight for the input's.
+type State = (Option<Dense>, Option<Dense>);
+
+fn backward<const N: usize>(ops: Ops<State, N>, grads: &mut Gradients) {
+    let g = grads.consume::<Flex>(&ops.node);
+    let (x, w) = ops.state;
+    if let (Some(node), Some(w)) = (&ops.parents[0], &w) {
+        grads.register::<Flex>(node.id, input_gradient(&g, w));
+    }
+    if let (Some(node), Some(x)) = (&ops.parents[1], &x) {
+        grads.register::<Flex>(node.id, weight_gradient(x, &g));
+    }
+    if let Some(Some(node)) = ops.parents.get(2) {
+        grads.register::<Flex>(node.id, bias_gradient(&g));
+    }
+}
+
+impl Backward<Flex, 2> for Step {
+    type State = State;
+    fn backward(self, ops: Ops<State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        backward(ops, grads);
+    }
+}
+
+impl Backward<Flex, 3> for Step {
+    type State = State;
+    fn backward(self, ops: Ops<State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        backward(ops, grads);
+    }
+}
+
+pub(super) fn plain<C: CheckpointStrategy>(x: Tracked, w: Tracked) -> Tracked {
+    let y = forward(x.primitive(), w.primitive(), None);
+    let state = state(&x, &w);
+    let step = Backward::<Flex, 2>::prepare::<C>(Step, [x.node(), w.node()]);
+    match step.compute_bound().stateful() {
+        OpsKind::Tracked(prep) => prep.finish(state, y),
+        OpsKind::UnTracked(prep) => prep.finish(y),
+    }
+}
+
+pub(super) fn biased<C: CheckpointStrategy>(x: Tracked, w: Tracked, b: Tracked) -> Tracked {
+    let y = forward(x.primitive(), w.primitive(), Some(b.primitive()));
+    let state = state(&x, &w);
+    let step = Backward::<Flex, 3>::prepare::<C>(Step, [x.node(), w.node(), b.node()]);
+    match step.compute_bound().stateful() {
+        OpsKind::Tracked(prep) => prep.finish(state, y),
+        OpsKind::UnTracked(prep) => prep.finish(y),
+    }
+}
+
+fn state(x: &Tracked, w: &Tracked) -> State {
+    let keep = |t: &Tracked, other: &Tracked| other.is_tracked().then(|| t.primitive().clone());
+    (keep(x, w), keep(w, x))
+}

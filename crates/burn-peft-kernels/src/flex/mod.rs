@@ -1,0 +1,180 @@
+//! The fused forms on flex, registered as an extension of its backend: values in `Flex`, the backward in
+//! `Autodiff<Flex>`.
+
+mod attention;
+mod linear;
+mod math;
+mod matrix;
+mod norm;
+mod pointwise;
+mod rotary;
+mod tensors;
+
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
+use burn::tensor::Tensor;
+
+/// A tensor of flex.
+type Dense = FloatTensor<Flex>;
+
+/// What each function of the crate is to a backend.
+#[backend_extension(Flex, Autodiff)]
+pub(crate) trait Kernels: Backend {
+    /// `x·W`
+    fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// `x·W + b`
+    fn fused_linear_biased(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
+
+    /// `x·Φ(x)`
+    fn fused_gelu(x: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// `silu(gate)·up`
+    fn fused_silu_mul(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// `(x − mean)/√(var + ε)·γ + β`
+    fn fused_layer_norm(
+        x: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        beta: FloatTensor<Self>,
+        epsilon: f64,
+    ) -> FloatTensor<Self>;
+
+    /// `x/√(mean(x²) + ε)·γ`
+    fn fused_rms_norm(
+        x: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        epsilon: f64,
+    ) -> FloatTensor<Self>;
+
+    /// `x·cos + rotate_half(x)·sin`
+    fn fused_rotate(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
+
+    /// `softmax(q·kᵀ/√d)·v`
+    fn fused_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
+
+    /// `softmax(q·kᵀ/√d + mask)·v`
+    fn fused_attention_masked(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        mask: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
+}
+
+impl Kernels for Flex {
+    fn fused_linear(x: Dense, w: Dense) -> Dense {
+        linear::forward(&x, &w, None)
+    }
+
+    fn fused_linear_biased(x: Dense, w: Dense, b: Dense) -> Dense {
+        linear::forward(&x, &w, Some(&b))
+    }
+
+    fn fused_gelu(x: Dense) -> Dense {
+        pointwise::gelu(&x)
+    }
+
+    fn fused_silu_mul(gate: Dense, up: Dense) -> Dense {
+        pointwise::silu_mul(&gate, &up)
+    }
+
+    fn fused_layer_norm(x: Dense, gamma: Dense, beta: Dense, epsilon: f64) -> Dense {
+        norm::forward(&x, &gamma, Some(&beta), epsilon).0
+    }
+
+    fn fused_rms_norm(x: Dense, gamma: Dense, epsilon: f64) -> Dense {
+        norm::forward(&x, &gamma, None, epsilon).0
+    }
+
+    fn fused_rotate(x: Dense, cos: Dense, sin: Dense) -> Dense {
+        rotary::turn(&x, &cos, &sin, 1.0)
+    }
+
+    fn fused_attention(q: Dense, k: Dense, v: Dense) -> Dense {
+        attention::forward(&q, &k, &v, None).0
+    }
+
+    fn fused_attention_masked(q: Dense, k: Dense, v: Dense, mask: Dense) -> Dense {
+        attention::forward(&q, &k, &v, Some(&mask)).0
+    }
+}
+
+/// A tensor with its place in the graph.
+type Tracked = FloatTensor<Autodiff<Flex>>;
+
+impl<C: CheckpointStrategy> Kernels for Autodiff<Flex, C> {
+    fn fused_linear(x: Tracked, w: Tracked) -> Tracked {
+        linear::plain::<C>(x, w)
+    }
+
+    fn fused_linear_biased(x: Tracked, w: Tracked, b: Tracked) -> Tracked {
+        linear::biased::<C>(x, w, b)
+    }
+
+    fn fused_gelu(x: Tracked) -> Tracked {
+        pointwise::gelu_tracked::<C>(x)
+    }
+
+    fn fused_silu_mul(gate: Tracked, up: Tracked) -> Tracked {
+        pointwise::silu_mul_tracked::<C>(gate, up)
+    }
+
+    fn fused_layer_norm(x: Tracked, gamma: Tracked, beta: Tracked, epsilon: f64) -> Tracked {
+        norm::layer_norm::<C>(x, gamma, beta, epsilon)
+    }
+
+    fn fused_rms_norm(x: Tracked, gamma: Tracked, epsilon: f64) -> Tracked {
+        norm::rms_norm::<C>(x, gamma, epsilon)
+    }
+
+    fn fused_rotate(x: Tracked, cos: Tracked, sin: Tracked) -> Tracked {
+        rotary::tracked::<C>(x, cos, sin)
+    }
+
+    fn fused_attention(q: Tracked, k: Tracked, v: Tracked) -> Tracked {
+        attention::tracked::<C>(q, k, v, None)
+    }
+
+    fn fused_attention_masked(q: Tracked, k: Tracked, v: Tracked, mask: Tracked) -> Tracked {
+        attention::tracked::<C>(q, k, v, Some(mask.into_primitive()))
+    }
+}
+
+macro_rules! wrap {
+    ($name:ident = $kernel:ident($($input:ident [$rank:tt]),+ $(; $scalar:ident)?) -> [$out:tt]) => {
+        pub(crate) fn $name<const D: usize>($($input: Tensor<$rank>),+ $(, $scalar: f64)?) -> Tensor<$out> {
+            let out = <Dispatch as Kernels>::$kernel($($input.into_dispatch()),+ $(, $scalar)?);
+            Tensor::from_dispatch(out)
+        }
+    };
+    (ranked $name:ident = $kernel:ident($($input:ident [$rank:tt]),+) -> [$out:tt]) => {
+        pub(crate) fn $name($($input: Tensor<$rank>),+) -> Tensor<$out> {
+            let out = <Dispatch as Kernels>::$kernel($($input.into_dispatch()),+);
+            Tensor::from_dispatch(out)
+        }
+    };
+}
+
+wrap!(linear = fused_linear(x [D], w [2]) -> [D]);
+wrap!(linear_biased = fused_linear_biased(x [D], w [2], b [1]) -> [D]);
+wrap!(gelu = fused_gelu(x [D]) -> [D]);
+wrap!(silu_mul = fused_silu_mul(gate [D], up [D]) -> [D]);
+wrap!(layer_norm = fused_layer_norm(x [D], gamma [1], beta [1]; epsilon) -> [D]);
+wrap!(rms_norm = fused_rms_norm(x [D], gamma [1]; epsilon) -> [D]);
+wrap!(ranked rotate = fused_rotate(x [4], cos [4], sin [4]) -> [4]);
+wrap!(ranked attention = fused_attention(q [4], k [4], v [4]) -> [3]);
+wrap!(ranked attention_masked = fused_attention_masked(q [4], k [4], v [4], mask [4]) -> [3]);

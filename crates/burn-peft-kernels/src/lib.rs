@@ -1,0 +1,115 @@
+//! Operations that a fine-tuning step is made of, fused.
+//!
+//! Each function computes what its documentation's formula says on any device and any float type. On
+//! the CPU backend flex and in f32 (feature `flex`) it is one pass over memory on all cores with a
+//! hand-written backward; elsewhere it is the plain composition of Burn's operations, which is also the
+//! reference that tests compare values and gradients with ([`composed`]).
+//!
+//! Plain tensors among the inputs are constants, as everywhere in Burn: no gradient is formed for them.
+
+pub mod composed;
+#[cfg(feature = "flex")]
+mod flex;
+
+use burn::tensor::{Device, Tensor};
+
+/// Whether the fused form serves: flex, and f32 throughout.
+#[cfg(feature = "flex")]
+fn fused(devices: &[Device], types: &[burn::tensor::DType]) -> bool {
+    let flex = Device::flex();
+    types.iter().all(|t| *t == burn::tensor::DType::F32)
+        && devices.iter().all(|d| d.clone().without_autodiff() == flex)
+}
+
+macro_rules! on_flex {
+    ([$($tensor:expr),*] => $fused:expr) => {
+        #[cfg(feature = "flex")]
+        if fused(&[$($tensor.device()),*], &[$($tensor.dtype()),*]) {
+            return $fused;
+        }
+    };
+}
+
+/// `y = x·W + b`: `x [.., in]`, `W [in, out]`, `b [out]` → `[.., out]`.
+///
+/// All leading axes of `x` are rows of one product, and the bias is where the product is added up.
+pub fn linear<const D: usize>(x: Tensor<D>, w: Tensor<2>, b: Option<Tensor<1>>) -> Tensor<D> {
+    match b {
+        Some(b) => {
+            on_flex!([x, w, b] => flex::linear_biased(x, w, b));
+            composed::linear(x, w, Some(b))
+        }
+        None => {
+            on_flex!([x, w] => flex::linear(x, w));
+            composed::linear(x, w, None)
+        }
+    }
+}
+
+/// `GELU(x) = x·Φ(x)` (arXiv 1606.08415), with the error function and not its `tanh` approximation.
+pub fn gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    on_flex!([x] => flex::gelu(x));
+    composed::gelu(x)
+}
+
+/// SwiGLU's middle, `silu(gate)·up` (arXiv 2002.05202), `silu(z) = z·σ(z)`: both of one shape.
+pub fn silu_mul<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
+    on_flex!([gate, up] => flex::silu_mul(gate, up));
+    composed::silu_mul(gate, up)
+}
+
+/// Layer norm over the last axis (arXiv 1607.06450): `(x − mean)/√(var + ε)·γ + β`,
+/// `x [.., dim]`, `γ`, `β [dim]`.
+pub fn layer_norm<const D: usize>(
+    x: Tensor<D>,
+    gamma: Tensor<1>,
+    beta: Option<Tensor<1>>,
+    epsilon: f64,
+) -> Tensor<D> {
+    match beta {
+        Some(beta) => {
+            on_flex!([x, gamma, beta] => flex::layer_norm(x, gamma, beta, epsilon));
+            composed::layer_norm(x, gamma, Some(beta), epsilon)
+        }
+        None => composed::layer_norm(x, gamma, None, epsilon),
+    }
+}
+
+/// Root-mean-square norm over the last axis (arXiv 1910.07467): `x/√(mean(x²) + ε)·γ`,
+/// `x [.., dim]`, `γ [dim]`.
+pub fn rms_norm<const D: usize>(x: Tensor<D>, gamma: Tensor<1>, epsilon: f64) -> Tensor<D> {
+    on_flex!([x, gamma] => flex::rms_norm(x, gamma, epsilon));
+    composed::rms_norm(x, gamma, epsilon)
+}
+
+/// Rotary positions (arXiv 2104.09864): `x·cos + rotate_half(x)·sin`, `rotate_half(x) = (−x₂, x₁)` of the
+/// two halves of the last axis.
+///
+/// `x [batch, heads, seq, d]`; `cos`, `sin [batch or 1, 1, seq, d]`, constants whose halves are alike.
+pub fn rotate(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>) -> Tensor<4> {
+    on_flex!([x, cos, sin] => flex::rotate(x, cos, sin));
+    composed::rotate(x, cos, sin)
+}
+
+/// Attention, `softmax(q·kᵀ/√d + mask)·v`, heads joined again: `[batch, seq, heads·d]`.
+///
+/// `q [batch, heads, seq, d]`; `k`, `v [batch, groups, total, d]`, where `heads` is a multiple of `groups`
+/// (grouped-query attention, arXiv 2305.13245: neighbouring heads share a group's keys and values);
+/// `mask [batch or 1, 1, seq or 1, total]` is a constant: 0 where a pair may see each other, a large
+/// negative number where not.
+///
+/// Fused, no `[seq, total]` matrix is kept: what backward needs are `q`, `k`, `v` and a number a row
+/// (arXiv 2205.14135); what the mask hides at both ends of a row is not computed; a row that sees nothing
+/// comes out as zeros, where the composition comes out with a mean of what was hidden.
+pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, mask: Option<Tensor<4>>) -> Tensor<3> {
+    match mask {
+        Some(mask) => {
+            on_flex!([q, k, v, mask] => flex::attention_masked(q, k, v, mask));
+            composed::attention(q, k, v, Some(mask))
+        }
+        None => {
+            on_flex!([q, k, v] => flex::attention(q, k, v));
+            composed::attention(q, k, v, None)
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! Every fused form against its composition on the same device: values, and gradients of every input,
+//! over shapes that fit no block, views that are not in order, and nothing at all.
+#![cfg(feature = "flex")]
+#![allow(missing_docs)]
+
+use burn::tensor::{Device, Distribution, Tensor, TensorData};
+use burn_peft_kernels::{self as kernels, composed};
+use proptest::prelude::*;
+
+/// Rounding of f32, for each of `terms` numbers that were added up.
+fn tolerance(terms: usize) -> f32 {
+    4.0 * f32::EPSILON * (terms as f32).sqrt().max(4.0)
+}
+
+fn random<const D: usize>(shape: [usize; D], seed: u64) -> Tensor<D> {
+    use rand::{RngExt, SeedableRng};
+    let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
+    let values: Vec<f32> =
+        (0..shape.iter().product()).map(|_| rng.random_range(-2.0_f32..2.0)).collect();
+    Tensor::from_data(TensorData::new(values, shape), &Device::flex().autodiff()).require_grad()
+}
+
+fn values<const D: usize>(t: Tensor<D>) -> Vec<f32> {
+    t.into_data().convert::<f32>().try_to_vec().expect("is f32")
+}
+
+/// Close in units of the largest number that there is, or of one.
+fn close(what: &str, ours: &[f32], theirs: &[f32], tolerance: f32) {
+    assert_eq!(ours.len(), theirs.len(), "{what}: lengths");
+    let unit = theirs.iter().fold(1.0_f32, |top, x| top.max(x.abs()));
+    for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
+        assert!(
+            (a - b).abs() <= tolerance * unit,
+            "{what}[{i}]: fused {a}, composed {b}, unit {unit}"
+        );
+    }
+}
+
+/// Compares output and gradients of two functions of the inputs. The loss weighs every element of the
+/// output by another number, so that no error cancels out.
+macro_rules! same {
+    ($tolerance:expr, [$($input:ident),+], $fused:expr, $composed:expr) => {{
+        let run = |fused: bool| {
+            let y = if fused { $fused } else { $composed };
+            let n: usize = y.dims().iter().product();
+            let weights: Vec<f32> = (0..n).map(|i| ((i * 7 % 13) as f32 - 6.0) / 6.0).collect();
+            let weights = Tensor::from_data(TensorData::new(weights, y.dims()), &Device::flex());
+            let value = values(y.clone());
+            let gradients = (y * weights).sum().backward();
+            let all = vec![$((stringify!($input), $input.grad(&gradients).map(values))),+];
+            (value, all)
+        };
+        let ((a, ours), (b, theirs)) = (run(true), run(false));
+        close("output", &a, &b, $tolerance);
+        for ((name, a), (_, b)) in ours.into_iter().zip(theirs) {
+            let (Some(a), Some(b)) = (&a, &b) else { panic!("{name} has a gradient") };
+            close(name, a, b, $tolerance);
+        }
+    }};
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    #[test]
+    fn linear(batch in 1_usize..4, seq in 1_usize..40, fan_in in 1_usize..70, fan_out in 1_usize..70) {
+        let (x, w) = (random([batch, seq, fan_in], 1), random([fan_in, fan_out], 2));
+        let b = random([fan_out], 3);
+        let t = tolerance(fan_in.max(batch * seq).max(fan_out));
+        same!(t, [x, w, b], kernels::linear(x.clone(), w.clone(), Some(b.clone())),
+            composed::linear(x.clone(), w.clone(), Some(b.clone())));
+        same!(t, [x, w], kernels::linear(x.clone(), w.clone(), None),
+            composed::linear(x.clone(), w.clone(), None));
+        // A weight that lies transposed, and an input that is a view of another order.
+        let w = random([fan_out, fan_in], 4);
+        let x = random([seq, batch, fan_in], 5);
+        same!(t, [x, w], kernels::linear(x.clone().swap_dims(0, 1), w.clone().transpose(), None),
+            composed::linear(x.clone().swap_dims(0, 1), w.clone().transpose(), None));
+    }
+
+    #[test]
+    fn pointwise(rows in 1_usize..70, width in 1_usize..600) {
+        let (x, y) = (random([rows, width], 1) * 3.0, random([rows, width], 2));
+        let (x, t) = (x.detach().require_grad(), tolerance(1));
+        same!(t, [x], kernels::gelu(x.clone()), composed::gelu(x.clone()));
+        same!(t, [x, y], kernels::silu_mul(x.clone(), y.clone()), composed::silu_mul(x.clone(), y.clone()));
+        same!(t, [x], kernels::gelu(x.clone().transpose()), composed::gelu(x.clone().transpose()));
+    }
+
+    #[test]
+    fn norms(batch in 1_usize..4, seq in 1_usize..50, width in 1_usize..100) {
+        let x = random([batch, seq, width], 1);
+        let (gamma, beta) = (random([width], 2), random([width], 3));
+        // A width of 1 or 2 divides by a deviation that may be next to nothing: epsilon keeps it off.
+        let (e, t) = (1e-2, 16.0 * tolerance(width.max(batch * seq)));
+        same!(t, [x, gamma, beta], kernels::layer_norm(x.clone(), gamma.clone(), Some(beta.clone()), e),
+            composed::layer_norm(x.clone(), gamma.clone(), Some(beta.clone()), e));
+        same!(t, [x, gamma], kernels::rms_norm(x.clone(), gamma.clone(), e),
+            composed::rms_norm(x.clone(), gamma.clone(), e));
+    }
+
+    #[test]
+    fn rotary(batch in 1_usize..4, heads in 1_usize..5, seq in 1_usize..30, half in 1_usize..20) {
+        let x = random([batch, seq, heads, 2 * half], 1);
+        let table = |seed| {
+            let part = random([batch, 1, seq, half], seed).detach();
+            Tensor::cat(vec![part.clone(), part], 3).inner()
+        };
+        let (cos, sin) = (table(2), table(3));
+        same!(tolerance(2), [x], kernels::rotate(x.clone().swap_dims(1, 2), cos.clone(), sin.clone()),
+            composed::rotate(x.clone().swap_dims(1, 2), cos.clone(), sin.clone()));
+    }
+
+    #[test]
+    fn attention(
+        batch in 1_usize..4, groups in 1_usize..3, share in 1_usize..4, seq in 1_usize..150, past in 0_usize..20,
+        d in 1_usize..24, kind in 0_usize..4,
+    ) {
+        let total = seq + past;
+        let q = random([batch, seq, groups * share, d], 1);
+        let (k, v) = (random([batch, total, groups, d], 2), random([batch, total, groups, d], 3));
+        let hidden = |hide: bool| if hide { -1e9_f32 } else { 0.0 };
+        let plain = Device::flex();
+        let mask: Option<Tensor<4>> = match kind {
+            0 => None,
+            // Padding at the end, other in each row; something is always seen.
+            1 => {
+                let values: Vec<f32> = (0..batch * total)
+                    .map(|i| hidden(i % total > (i / total + 1) * total / 4)).collect();
+                Some(Tensor::from_data(TensorData::new(values, [batch, 1, 1, total]), &plain))
+            }
+            // The future.
+            2 => {
+                let values: Vec<f32> =
+                    (0..seq * total).map(|i| hidden(i % total > past + i / total)).collect();
+                Some(Tensor::from_data(TensorData::new(values, [1, 1, seq, total]), &plain))
+            }
+            // Holes: every third key, but never one's own.
+            _ => {
+                let values: Vec<f32> = (0..batch * seq * total)
+                    .map(|i| hidden(i % total % 3 == 0 && i % total != past + i / total % seq)).collect();
+                Some(Tensor::from_data(TensorData::new(values, [batch, 1, seq, total]), &plain))
+            }
+        };
+        let heads = |t: &Tensor<4>| t.clone().swap_dims(1, 2);
+        same!(8.0 * tolerance(total.max(d)), [q, k, v],
+            kernels::attention(heads(&q), heads(&k), heads(&v), mask.clone()),
+            composed::attention(heads(&q), heads(&k), heads(&v), mask.clone()));
+    }
+}
+
+/// A row that sees nothing is zeros and passes nothing back; the others don't notice.
+#[test]
+fn a_row_that_sees_nothing_is_zero() {
+    let (q, k, v) = (random([1, 2, 3, 4], 1), random([1, 2, 3, 4], 2), random([1, 2, 3, 4], 3));
+    let values_of = vec![-1e9_f32, -1e9, -1e9, 0.0, -1e9, -1e9, 0.0, 0.0, -1e9];
+    let mask = Tensor::from_data(TensorData::new(values_of, [1, 1, 3, 3]), &Device::flex());
+    let y = kernels::attention(q.clone(), k.clone(), v.clone(), Some(mask.clone()));
+    let gradients = y.clone().sum().backward();
+    let theirs = composed::attention(q.clone(), k, v, Some(mask));
+    let (y, theirs) = (values(y), values(theirs));
+    assert!(y[..8].iter().all(|x| *x == 0.0));
+    close("other rows", &y[8..], &theirs[8..], tolerance(8));
+    let dq = values(q.grad(&gradients).expect("is tracked"));
+    assert!(dq[..4].iter().all(|x| *x == 0.0) && dq.iter().all(|x| x.is_finite()));
+}
+
+/// A batch of no rows is one too, forward and backward. (Burn's own product of nothing crashes on flex.)
+#[test]
+fn nothing_gives_nothing() {
+    let (x, w, b) = (random([0, 5, 8], 1), random([8, 3], 2), random([3], 3));
+    let h = kernels::gelu(kernels::linear(x.clone(), w.clone(), Some(b.clone())));
+    let y = kernels::layer_norm(h, b.clone(), Some(b.clone()), 1e-5);
+    assert_eq!(y.dims(), [0, 5, 3]);
+    let gradients = y.sum().backward();
+    assert_eq!(x.grad(&gradients).map(|g| g.dims()), Some([0, 5, 8]));
+    assert_eq!(values(w.grad(&gradients).expect("is tracked")), vec![0.0; 24]);
+    let q = random([2, 0, 3, 4], 4);
+    assert_eq!(
+        kernels::attention(
+            q.clone().swap_dims(1, 2),
+            q.clone().swap_dims(1, 2),
+            q.swap_dims(1, 2),
+            None
+        )
+        .dims(),
+        [2, 0, 12]
+    );
+}
+
+/// Constants get no gradient, and plain tensors stay plain.
+#[test]
+fn plain_tensors_are_constants() {
+    let x = random([2, 5, 8], 1);
+    let w = Tensor::<2>::random([8, 3], Distribution::Default, &Device::flex());
+    let y = kernels::linear(x.clone(), w.clone(), None);
+    assert!(y.device().is_autodiff());
+    let gradients = y.sum().backward();
+    assert!(x.grad(&gradients).is_some());
+    let plain = kernels::linear(x.inner(), w, None);
+    assert!(!plain.device().is_autodiff());
+}
+
+/// The same numbers on every run, and for a row whatever else is in its batch.
+#[test]
+fn rows_do_not_depend_on_their_batch() {
+    let (x, w) = (random([7, 33, 48], 1).inner(), random([48, 40], 2).inner());
+    let whole = kernels::gelu(kernels::linear(x.clone(), w.clone(), None));
+    for row in 0..7 {
+        let part = x.clone().slice([row..row + 1]);
+        let part = kernels::gelu(kernels::linear(part, w.clone(), None));
+        let alike = whole.clone().slice([row..row + 1]);
+        close("row", &values(part), &values(alike), tolerance(48));
+    }
+    let again = kernels::gelu(kernels::linear(x, w, None));
+    assert_eq!(values(whole), values(again));
+}
+
+/// Other float types and what is not fused run as compositions.
+#[test]
+fn other_types_run() {
+    let x = random([2, 3, 8], 1).inner().cast(burn::tensor::DType::F64);
+    let y = kernels::gelu(x.clone());
+    assert_eq!(y.dtype(), burn::tensor::DType::F64);
+    close("f64", &values(y), &values(composed::gelu(x)), tolerance(1));
+}
