@@ -8,6 +8,7 @@ use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use rayon::prelude::*;
 
 /// A weight as it lies, transposed or not; other layouts are copied into order.
 fn weight(w: &Dense) -> (Dense, usize, Shape) {
@@ -36,7 +37,8 @@ pub(super) fn forward(x: &Dense, w: &Dense, b: Option<&Dense>) -> Dense {
     let b = b.map(in_order);
     make(out_dims, |out| {
         if let (Some(b), true) = (&b, shape.cols > 0) {
-            out.chunks_exact_mut(shape.cols).for_each(|row| row.copy_from_slice(flat(b)));
+            let rows = out.par_chunks_exact_mut(shape.cols).with_min_len(16);
+            rows.for_each(|row| row.copy_from_slice(flat(b)));
         }
         let x = View::new(flat(&x), 0, Shape::rows(n, width));
         let w = View::new(w.storage::<f32>(), start, shape);
