@@ -35,6 +35,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
 }
 
 fn main() -> ExitCode {
+    burn_peft::kernels::keep_freed_memory();
     env_logger::Builder::from_env(
         env_logger::Env::default().default_filter_or("warn,burn_train=off"),
     )

@@ -10,6 +10,9 @@
 pub mod composed;
 #[cfg(feature = "flex")]
 mod flex;
+mod memory;
+
+pub use memory::keep_freed_memory;
 
 use burn::tensor::{Device, Tensor};
 

@@ -170,7 +170,10 @@ impl Importances {
 pub(crate) fn off_orthogonal(
     pairs: impl IntoIterator<Item = (Tensor<2>, Tensor<2>, Tensor<2>)>,
 ) -> Option<Tensor<1>> {
-    let off = |product: Tensor<2>, identity: Tensor<2>| (product - identity).square().sum().sqrt();
+    // A root has no slope at 0, where columns are orthonormal to the last bit: none is passed on there.
+    let off = |product: Tensor<2>, identity: Tensor<2>| {
+        (product - identity).square().sum().clamp_min(1e-30).sqrt()
+    };
     let mut terms = Vec::new();
     for (a, b, identity) in pairs {
         terms.push(off(a.clone().transpose().matmul(a), identity.clone()));

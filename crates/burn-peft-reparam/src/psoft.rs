@@ -159,6 +159,13 @@ fn shortened(q: Tensor<3>, eps: Option<f64>) -> Tensor<3> {
     q * (square.sqrt().recip() * eps).unsqueeze()
 }
 
+/// The same numbers laid out row by row: a transposed view is multiplied in another order, and what was
+/// read must give what was written, bit for bit.
+fn in_order(factor: Tensor<2>) -> Tensor<2> {
+    let device = factor.device();
+    Tensor::from_data(factor.into_data(), &device)
+}
+
 impl Adapter for PsoftAdapter {
     fn linear(&self, _layer: &Linear, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
         let change = self.change();
@@ -265,8 +272,8 @@ impl Psoft {
             weight: Param::from_tensor(weight),
             vector_b: b.map(Param::from_tensor),
             vector_a: a.map(Param::from_tensor),
-            psoft_a: factors.0.without_autodiff(),
-            psoft_b: factors.1.without_autodiff(),
+            psoft_a: in_order(factors.0.without_autodiff()),
+            psoft_b: in_order(factors.1.without_autodiff()),
             dropout: DropoutConfig::new(self.psoft_dropout).init(),
             scaling: self.scaling(),
             terms: self.use_cayley_neumann.then_some(self.num_cayley_neumann_terms),

@@ -10,10 +10,11 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use rayon::prelude::*;
 
-/// A weight as it lies, transposed or not; other layouts are copied into order.
+/// A weight as it lies where that is without gaps, transposed or not. Others are copied into order, so that a
+/// part of a larger matrix gives the numbers of the same matrix alone, bit for bit.
 fn weight(w: &Dense) -> (Dense, usize, Shape) {
-    let positive = w.layout().strides().iter().all(|s| *s >= 0);
-    let w = if positive { w.clone() } else { w.to_contiguous() };
+    let dense = |t: &Dense| t.layout().contiguous_offsets().is_some();
+    let w = if dense(w) || dense(&w.transpose(0, 1)) { w.clone() } else { w.to_contiguous() };
     let layout = w.layout();
     let [rows, cols] = [layout.shape()[0], layout.shape()[1]];
     let [row_stride, col_stride] = [0, 1].map(|axis| layout.strides()[axis].unsigned_abs());
