@@ -7,7 +7,7 @@ use burn::module::Module;
 use burn::nn::{Embedding, Linear, RmsNorm, RmsNormConfig};
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_peft_core::{Error, Scope};
+use burn_peft_core::{Error, Hidden, HiddenPlace, Scope};
 use serde::Deserialize;
 
 /// The fields of `config.json` that shape the model, with `transformers`' defaults.
@@ -206,6 +206,7 @@ pub(crate) struct LlamaAttention {
     k_proj: Linear,
     v_proj: Linear,
     o_proj: Linear,
+    place: HiddenPlace,
     #[module(skip)]
     heads: (usize, usize),
 }
@@ -216,6 +217,7 @@ pub(crate) struct LlamaMlp {
     gate_proj: Linear,
     up_proj: Linear,
     down_proj: Linear,
+    place: HiddenPlace,
 }
 
 /// One block.
@@ -225,6 +227,7 @@ pub(crate) struct LlamaLayer {
     mlp: LlamaMlp,
     input_layernorm: RmsNorm,
     post_attention_layernorm: RmsNorm,
+    place: HiddenPlace,
 }
 
 /// The decoder without its output layer.
@@ -303,14 +306,17 @@ impl LlamaLayer {
             None => (k, v),
         };
         let mixed = attention(q, k, v, mask);
-        let x = x + at.at("o_proj").linear(&own.o_proj, mixed);
+        let y = at.at("o_proj").linear(&own.o_proj, mixed);
+        let h = x.clone() + at.hidden(Hidden::sublayer(&x, y));
 
         let after = &self.post_attention_layernorm;
-        let norm = cx.at("post_attention_layernorm").rms_norm(after, x.clone());
+        let norm = cx.at("post_attention_layernorm").rms_norm(after, h.clone());
         let (mlp, at) = (&self.mlp, cx.at("mlp"));
         let gate = silu(at.at("gate_proj").linear(&mlp.gate_proj, norm.clone()));
         let up = at.at("up_proj").linear(&mlp.up_proj, norm);
-        x + at.at("down_proj").linear(&mlp.down_proj, gate * up)
+        let y = at.at("down_proj").linear(&mlp.down_proj, gate * up);
+        let y = h.clone() + at.hidden(Hidden::sublayer(&h, y));
+        cx.hidden(Hidden::block(x, y))
     }
 }
 
@@ -327,15 +333,18 @@ impl LlamaModel {
                 k_proj: linear(h, groups * d, bias, device),
                 v_proj: linear(h, groups * d, bias, device),
                 o_proj: linear(heads * d, h, bias, device),
+                place: HiddenPlace::new(h),
                 heads: (heads, groups),
             },
             mlp: LlamaMlp {
                 gate_proj: linear(h, wide, mlp_bias, device),
                 up_proj: linear(h, wide, mlp_bias, device),
                 down_proj: linear(wide, h, mlp_bias, device),
+                place: HiddenPlace::new(h),
             },
             input_layernorm: norm(),
             post_attention_layernorm: norm(),
+            place: HiddenPlace::new(h),
         };
         Ok(Self {
             embed_tokens: table(config.vocab_size, h, device),
@@ -356,6 +365,7 @@ impl LlamaModel {
         let device = self.embed_tokens.weight.device();
         let shape = [tokens.batch, tokens.seq];
         let past = cache.as_ref().map_or(0, |cache| cache.len());
+        let cx = &cx.reading(tokens.seen(past, &device));
         let mut kept: Vec<Vec<i32>> = match &cache {
             Some(cache) if !cache.is_empty() => cache.kept.clone(),
             _ => vec![Vec::new(); tokens.batch],
