@@ -154,8 +154,9 @@ def write_adapter(name, model, tensors, base, kind="adapters"):
     add_psofts_factors(model, folder / "adapter_model.safetensors")
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()  # written out of a set
+    for names in [config["target_modules"], config.get("feedforward_modules")]:
+        if isinstance(names, list):
+            names.sort()  # written out of a set
     path.write_text(json.dumps(config, indent=2, sort_keys=True))
     golden(folder, tensors)
 
@@ -210,8 +211,10 @@ def lora_fa():
 
 
 if __name__ == "__main__":
-    shutil.rmtree(ROOT, ignore_errors=True)
-    ROOT.mkdir()
+    ROOT.mkdir(exist_ok=True)
+    for old in ROOT.iterdir():
+        if old.name != "hidden":  # hidden.py's
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
     models()
     adapters()
     convolutions()

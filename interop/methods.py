@@ -13,6 +13,10 @@ TARGETS = {
         "thin": ["query", "output.dense"],
         "words": ["word_embeddings", "query"],
         "all": "all-linear",
+        "tokens": ["word_embeddings"],
+        "norms": ["LayerNorm"],
+        "norm": ["output.LayerNorm"],
+        "mlp": ["key", "value", "intermediate.dense"],
     },
     "llama": {
         "two": ["q_proj", "k_proj"],
@@ -20,10 +24,32 @@ TARGETS = {
         "thin": ["o_proj", "down_proj"],
         "words": ["embed_tokens", "k_proj"],
         "all": "all-linear",
+        "tokens": ["embed_tokens"],
+        "norms": ["input_layernorm", "post_attention_layernorm", "norm"],
+        "norm": ["post_attention_layernorm"],
+        "mlp": ["k_proj", "v_proj", "down_proj"],
     },
 }
 
 METHODS = {
+    "BeftConfig": {
+        "beft": dict(targets="two"),
+        "beft-random": dict(targets="wide", init_weights=False),
+    },
+    "IA3Config": {
+        "ia3": dict(targets="two", feedforward_modules=[]),
+        "ia3-mlp": dict(models=["bert"], targets="mlp", feedforward_modules=["intermediate.dense"], std=0.6),
+        "ia3-gated-mlp": dict(models=["llama"], targets="mlp", feedforward_modules=["down_proj"], std=0.6),
+        "ia3-regex": dict(targets="all", feedforward_modules=r".*layers?\.1\..*", init_ia3_weights=False, std=0.6),
+    },
+    "LNTuningConfig": {
+        "ln-tuning": dict(targets="norms", std=0.6),
+        "ln-tuning-one": dict(targets="norm"),
+    },
+    "TrainableTokensConfig": {
+        "tokens": dict(targets="tokens", token_indices=[45, 5, 77, 2]),
+        "tokens-random": dict(targets="tokens", token_indices=[5], init_weights=False),
+    },
     "AdaLoraConfig": {
         "adalora": dict(targets="two", total_step=10, init_r=6, target_r=4, lora_alpha=8, lora_dropout=0.1),
         "adalora-wide": dict(targets="wide", total_step=10, init_r=3, target_r=2),
@@ -164,6 +190,10 @@ CONVOLUTIONS = {
     "AdaLoraConfig": {"adalora": dict(target_modules=IMAGE, total_step=10, init_r=4, target_r=2)},
     "BOFTConfig": {"boft": dict(target_modules=IMAGE, boft_block_size=3, boft_n_butterfly_factor=1)},
     "HiraConfig": {"hira": dict(target_modules=BOTH, r=3)},
+    "IA3Config": {
+        "ia3": dict(target_modules=IMAGE, feedforward_modules=[]),
+        "ia3-inputs": dict(target_modules=IMAGE, feedforward_modules=IMAGE),
+    },
     "HRAConfig": {"hra": dict(target_modules=IMAGE, r=4), "hra-gs": dict(target_modules=IMAGE, r=4, apply_GS=True)},
     "LoHaConfig": {
         "loha": dict(target_modules=BOTH, r=3, alpha=6),
@@ -199,7 +229,9 @@ def asked():
             if kind == "HiraConfig":
                 own.pop("rank_pattern", None)  # HF PEFT has the field and does nothing with it
             method = str(getattr(peft, kind)(**own).peft_type.value)
-            for model in options[name].get("models", ["bert", "llama"]):
+            # HF PEFT trains no classifier beside trainable tokens.
+            fitting = ["llama"] if kind == "TrainableTokensConfig" else ["bert", "llama"]
+            for model in options[name].get("models", fitting):
                 places = TARGETS[model][targets]
                 yield name, method, model, places if isinstance(places, str) else ",".join(places), own
 

@@ -1,1 +1,39 @@
-//!  adapters, soft prompts, scale and shift, one file a method:Additive methods: something new stands beside the frozen layers, or in front of what they read. One file a method.
+//! Additive methods: something new stands beside the frozen layers, or in front of what they read. One file a
+//! method.
+
+mod adapterhub;
+mod beft;
+mod bottleneck;
+mod compacter;
+mod fields;
+mod hadamard;
+mod ia3;
+mod ln_tuning;
+mod mov;
+mod nonlinearity;
+mod numbers;
+mod pasta;
+mod reft;
+mod repadapter;
+mod scale_shift;
+mod source;
+mod ssf;
+mod trainable_tokens;
+
+pub use adapterhub::{FromHub, HubMethod, HubModel, load_from_hub, save_to_hub};
+pub use beft::{Beft, BeftAdapter};
+pub use bottleneck::{
+    Bottleneck, BottleneckAdapter, BottleneckInit, OwnNorm, Scaling, TrainedScaling,
+};
+pub use compacter::{Compacter, CompacterAdapter, Phm};
+pub use hadamard::Hadamard;
+pub use ia3::{Ia3, Ia3Adapter};
+pub use ln_tuning::{LnTuning, LnTuningAdapter};
+pub use mov::{Mov, MovAdapter};
+pub use nonlinearity::Nonlinearity;
+pub use pasta::{Pasta, PastaAdapter};
+pub use reft::{Reft, ReftAdapter, ReftUnit};
+pub use repadapter::{RepAdapter, RepAdapterAdapter};
+pub use scale_shift::ScaleShift;
+pub use ssf::Ssf;
+pub use trainable_tokens::{TrainableTokens, TrainableTokensAdapter};

@@ -1,5 +1,6 @@
 //! The two faces of a difference: on activations ([`Adapter`]) and on parameters ([`Fold`]).
 
+use crate::Hidden;
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Embedding, Linear};
 use burn::tensor::{Int, Tensor};
@@ -43,6 +44,11 @@ pub trait Adapter: Debug + Send + Sync {
 
     /// `δ` of a convolution over an image: `x [batch, in, h, w]` → `[batch, out, h', w']`.
     fn conv2d(&self, layer: &Conv2d, x: &Tensor<4>, y: &Tensor<4>) -> Option<Tensor<4>> {
+        None
+    }
+
+    /// `δ` of a hidden state: what a sublayer or a block gives on, `[batch, seq, hidden]`.
+    fn hidden(&self, at: &Hidden<'_>) -> Option<Tensor<3>> {
         None
     }
 

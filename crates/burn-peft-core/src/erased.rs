@@ -1,7 +1,7 @@
 //! An adapter of whatever method behind one type: what is written for it is compiled once, and not once
 //! a method.
 
-use crate::{Adapter, Adapters, Guide, Policy};
+use crate::{Adapter, Adapters, Guide, Hidden, Policy};
 use burn::module::{
     Content, Devices, Flag, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper,
     ModuleVisitor, Param,
@@ -340,6 +340,10 @@ impl Adapter for AnyAdapter {
 
     fn conv2d(&self, layer: &Conv2d, x: &Tensor<4>, y: &Tensor<4>) -> Option<Tensor<4>> {
         self.0.conv2d(layer, x, y)
+    }
+
+    fn hidden(&self, at: &Hidden<'_>) -> Option<Tensor<3>> {
+        self.0.hidden(at)
     }
 
     fn norm(&self) -> (Option<Tensor<1>>, Option<Tensor<1>>) {

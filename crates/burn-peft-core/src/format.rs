@@ -230,7 +230,7 @@ fn weight_data(site: &Site, weight: Tensor<2>) -> TensorData {
     let shape = site.weight.shape();
     match site.kind {
         crate::Kind::Linear => weight.transpose().into_data(),
-        crate::Kind::Embedding | crate::Kind::Norm => weight.into_data(),
+        crate::Kind::Embedding | crate::Kind::Norm | crate::Kind::Hidden => weight.into_data(),
         crate::Kind::Conv1d | crate::Kind::Conv2d => {
             let (bytes, _, dtype) = weight.transpose().into_data().into_parts();
             TensorData::from_bytes(bytes, shape, dtype)

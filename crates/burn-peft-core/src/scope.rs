@@ -1,6 +1,6 @@
 //! Where a forward pass is and what lies over it.
 
-use crate::Adapter;
+use crate::{Adapter, Hidden, SeenTokens};
 use burn::module::Param;
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Embedding, LayerNorm, Linear, RmsNorm};
@@ -80,6 +80,7 @@ tuple!(A, B, C, D);
 pub struct Scope<'a> {
     overlay: &'a dyn Overlay,
     path: String,
+    tokens: Option<SeenTokens>,
 }
 
 impl std::fmt::Debug for Scope<'_> {
@@ -91,12 +92,12 @@ impl std::fmt::Debug for Scope<'_> {
 impl<'a> Scope<'a> {
     /// At the root of a model with `overlay` over it.
     pub fn new(overlay: &'a dyn Overlay) -> Self {
-        Self { overlay, path: String::new() }
+        Self { overlay, path: String::new(), tokens: None }
     }
 
     /// The plain model.
     pub fn plain() -> Scope<'static> {
-        Scope { overlay: &(), path: String::new() }
+        Scope { overlay: &(), path: String::new(), tokens: None }
     }
 
     /// One level down. Names are those of the Hugging Face checkpoint; `name` may hold dots.
@@ -107,7 +108,12 @@ impl<'a> Scope<'a> {
             path.push('.');
         }
         path.push_str(name);
-        Self { overlay: self.overlay, path }
+        Self { overlay: self.overlay, path, tokens: self.tokens.clone() }
+    }
+
+    /// The same place, in a pass that reads these tokens: what lies over hidden states may ask which.
+    pub fn reading(&self, tokens: SeenTokens) -> Self {
+        Self { tokens: Some(tokens), ..self.clone() }
     }
 
     /// The block `index` of the list `name`, such as `layer.3`.
@@ -169,6 +175,18 @@ impl<'a> Scope<'a> {
         sum(self.laid(), &x, y0, |a, x, y| a.conv2d(layer, x, y))
     }
 
+    /// A hidden state with what lies over it: what the module at this path gives on,
+    /// `[batch, seq, hidden]`.
+    pub fn hidden(&self, mut at: Hidden<'_>) -> Tensor<3> {
+        let laid = self.laid();
+        if laid.is_empty() {
+            return at.y;
+        }
+        at.tokens = self.tokens.clone();
+        let y0 = at.y.clone();
+        sum(laid, &at, y0, |a, at, _| a.hidden(at))
+    }
+
     /// A layer norm with what lies over it, `[.., dim]`. `epsilon` is the one that `layer` was made with:
     /// Burn's layer keeps it to itself, and its own forward is not fused in training.
     pub fn layer_norm<const D: usize>(
@@ -228,6 +246,12 @@ impl<const D: usize> Input for Tensor<D> {
 impl<const D: usize> Input for Tensor<D, Int> {
     fn rows(&self, rows: &Tensor<1, Int>) -> Self {
         self.clone().select(0, rows.clone())
+    }
+}
+
+impl Input for Hidden<'_> {
+    fn rows(&self, rows: &Tensor<1, Int>) -> Self {
+        self.select(rows)
     }
 }
 

@@ -1,5 +1,6 @@
 //! Places of a model: found by one visitor, named as the Hugging Face checkpoint names them.
 
+use crate::HiddenPlace;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
 use std::collections::BTreeMap;
@@ -17,6 +18,9 @@ pub enum Kind {
     Conv2d,
     /// A scale and a shift over the last axis, weight `[dim]`.
     Norm,
+    /// What a sublayer or a block gives on, `[batch, seq, hidden]`: no layer, and no weight but zeros
+    /// `[hidden]` that say how wide it is.
+    Hidden,
 }
 
 /// A parameter of any rank; a handle, so that cloning it copies nothing.
@@ -49,6 +53,16 @@ impl Value {
             Self::D2(t) => t.dims().to_vec(),
             Self::D3(t) => t.dims().to_vec(),
             Self::D4(t) => t.dims().to_vec(),
+        }
+    }
+
+    /// Where it lives.
+    pub fn device(&self) -> Device {
+        match self {
+            Self::D1(t) => t.device(),
+            Self::D2(t) => t.device(),
+            Self::D3(t) => t.device(),
+            Self::D4(t) => t.device(),
         }
     }
 }
@@ -117,12 +131,7 @@ impl Site {
 
     /// The device on which the base lives.
     pub fn device(&self) -> Device {
-        match &self.weight {
-            Value::D1(t) => t.device(),
-            Value::D2(t) => t.device(),
-            Value::D3(t) => t.device(),
-            Value::D4(t) => t.device(),
-        }
+        self.weight.device()
     }
 }
 
@@ -166,6 +175,8 @@ impl Sites {
     pub fn of<M: Module>(model: &M, output: Option<&str>) -> Self {
         let mut finder = Finder::default();
         model.visit(&mut finder);
+        let weights = finder.found.values().find_map(|found| found.weight.as_ref());
+        let device = weights.map(Value::device);
         let mut sites = Self {
             all: Vec::new(),
             output: output.map(str::to_owned),
@@ -175,6 +186,11 @@ impl Sites {
             let Some(found) = finder.found.remove(&path) else {
                 continue;
             };
+            if let (Some(width), Some(device)) = (found.hidden, &device) {
+                let weight = Value::D1(Tensor::zeros([width], device));
+                sites.all.push(Site { path, kind: Kind::Hidden, weight, bias: None });
+                continue;
+            }
             let (Some(kind), Some(weight)) = (found.kind, found.weight) else {
                 continue;
             };
@@ -191,6 +207,8 @@ impl Sites {
 
 #[derive(Default)]
 struct Found {
+    /// Width of the states, where it is a place for them.
+    hidden: Option<usize>,
     kind: Option<Kind>,
     weight: Option<Value>,
     bias: Option<Tensor<1>>,
@@ -216,6 +234,14 @@ fn kind_of(owner: &str, rank: usize) -> Option<Kind> {
 
 impl ModuleVisitor for Finder {
     fn enter_module(&mut self, name: &str, container_type: &str) {
+        if container_type == HiddenPlace::MARK {
+            // The mark stands in a field of the module whose states it is about.
+            let parents = self.stack.split_last().map_or(&[][..], |(_, parents)| parents);
+            let names: Vec<&str> = parents.iter().map(|(name, _)| name.as_str()).collect();
+            let path = hf_path(&names);
+            self.found.entry(path.clone()).or_default().hidden = name.parse().ok();
+            self.order.push(path);
+        }
         self.stack.push((name.to_owned(), container_type.to_owned()));
     }
 

@@ -236,9 +236,12 @@ impl Targets {
         for name in self.modules_to_save.iter().flatten() {
             let inside = |site: &&Site| {
                 let path = &site.path;
-                is_suffix(path, name)
-                    || path.starts_with(&format!("{name}."))
-                    || path.contains(&format!(".{name}."))
+                // A hidden state has no parameters to be trained whole.
+                let saved = site.kind != Kind::Hidden;
+                saved
+                    && (is_suffix(path, name)
+                        || path.starts_with(&format!("{name}."))
+                        || path.contains(&format!(".{name}.")))
             };
             let mut matched = sites.all.iter().filter(inside).peekable();
             let none = matched.peek().is_none();

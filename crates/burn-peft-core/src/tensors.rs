@@ -116,6 +116,12 @@ impl TensorFile {
         self.entries.remove(name);
     }
 
+    /// Gives each tensor that was not taken yet another name; of two that get one name the last stays.
+    pub fn rename(&mut self, mut name: impl FnMut(&str) -> String) {
+        let entries = std::mem::take(&mut self.entries);
+        self.entries = entries.into_iter().map(|(old, entry)| (name(&old), entry)).collect();
+    }
+
     fn float_dtype(name: &str, dtype: Dtype) -> Result<DType, Error> {
         match dtype {
             Dtype::F32 => Ok(DType::F32),

@@ -9,7 +9,7 @@ use burn::module::Module;
 use burn::nn::{Embedding, LayerNorm, LayerNormConfig, Linear};
 use burn::tensor::activation::{gelu_approximate, relu};
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_peft_core::{Error, Scope};
+use burn_peft_core::{Error, Hidden, HiddenPlace, Scope};
 use burn_peft_kernels::{attention, gelu};
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -145,6 +145,7 @@ pub(crate) struct BertEmbeddings {
     LayerNorm: LayerNorm,
     #[module(skip)]
     epsilon: f64,
+    place: HiddenPlace,
 }
 
 /// Queries, keys and values.
@@ -164,6 +165,7 @@ pub(crate) struct BertOutput {
     LayerNorm: LayerNorm,
     #[module(skip)]
     epsilon: f64,
+    place: HiddenPlace,
 }
 
 /// Self-attention with its output.
@@ -185,6 +187,7 @@ pub(crate) struct BertLayer {
     attention: BertAttention,
     intermediate: BertDense,
     output: BertOutput,
+    place: HiddenPlace,
     #[module(skip)]
     activation: Activation,
 }
@@ -227,12 +230,15 @@ impl BertOutput {
             dense: linear(fan_in, config.hidden_size, true, device),
             LayerNorm: norm(config, device),
             epsilon: config.layer_norm_eps,
+            place: HiddenPlace::new(config.hidden_size),
         }
     }
 
+    /// The end of a sublayer that read `residual`.
     fn forward(&self, x: Tensor<3>, residual: Tensor<3>, cx: &Scope<'_>) -> Tensor<3> {
-        let y = cx.at("dense").linear(&self.dense, x) + residual;
-        cx.at("LayerNorm").layer_norm(&self.LayerNorm, self.epsilon, y)
+        let y = cx.at("dense").linear(&self.dense, x);
+        let y = cx.hidden(Hidden::sublayer(&residual, y).before(&self.LayerNorm));
+        cx.at("LayerNorm").layer_norm(&self.LayerNorm, self.epsilon, y + residual)
     }
 }
 
@@ -248,9 +254,10 @@ impl BertLayer {
         let v = at.at("value").linear(&own.value, x.clone());
         let [q, k, v] = [q, k, v].map(|part| split_heads(part, own.heads)); // [b, n, s, d]
         let mixed = attention(q, k, v, mask);
-        let h = self.attention.output.forward(mixed, x, &cx.at("attention.output"));
+        let h = self.attention.output.forward(mixed, x.clone(), &cx.at("attention.output"));
         let wide = cx.at("intermediate.dense").linear(&self.intermediate.dense, h.clone());
-        self.output.forward(self.activation.apply(wide), h, &cx.at("output"))
+        let y = self.output.forward(self.activation.apply(wide), h, &cx.at("output"));
+        cx.hidden(Hidden::block(x, y))
     }
 }
 
@@ -273,6 +280,7 @@ impl BertModel {
                     dense: linear(h, config.intermediate_size, true, device),
                 },
                 output: BertOutput::init(config.intermediate_size, config, device),
+                place: HiddenPlace::new(h),
                 activation: Activation::of(&config.hidden_act)?,
             })
         };
@@ -283,6 +291,7 @@ impl BertModel {
                 token_type_embeddings: table(config.type_vocab_size, h, device),
                 LayerNorm: norm(config, device),
                 epsilon: config.layer_norm_eps,
+                place: HiddenPlace::new(h),
             },
             encoder: BertEncoder {
                 layer: (0..config.num_hidden_layers).map(layer).collect::<Result<_, _>>()?,
@@ -298,6 +307,7 @@ impl BertModel {
     /// Hidden states of the last block, `[batch, seq, hidden]`.
     pub fn forward(&self, tokens: &Tokens, cx: &Scope<'_>) -> Tensor<3> {
         let device = self.device();
+        let cx = &cx.reading(tokens.seen(0, &device));
         let (parts, at) = (&self.embeddings, cx.at("embeddings"));
         let positions = tokens.positions(0);
         let zeros = || vec![0; tokens.ids.len()];
@@ -308,8 +318,9 @@ impl BertModel {
             at.at("token_type_embeddings").embedding(&parts.token_type_embeddings, ids(&types));
         let places =
             at.at("position_embeddings").embedding(&parts.position_embeddings, ids(&positions));
-        let mut x =
-            at.at("LayerNorm").layer_norm(&parts.LayerNorm, parts.epsilon, words + types + places);
+        let sum = words + types + places;
+        let y = at.at("LayerNorm").layer_norm(&parts.LayerNorm, parts.epsilon, sum.clone());
+        let mut x = at.hidden(Hidden::block(sum, y));
         let mask = padding_mask(&tokens.mask, [tokens.batch, tokens.seq], &device);
         let at = cx.at("encoder");
         for (index, layer) in self.encoder.layer.iter().enumerate() {

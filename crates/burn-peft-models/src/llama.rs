@@ -6,7 +6,7 @@ use crate::load::{Pretrained, linear, plausible, table};
 use burn::module::Module;
 use burn::nn::{Embedding, Linear, RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_peft_core::{Error, Scope};
+use burn_peft_core::{Error, Hidden, HiddenPlace, Scope};
 use burn_peft_kernels::{attention, rotate, silu_mul};
 use serde::Deserialize;
 
@@ -198,6 +198,7 @@ pub(crate) struct LlamaAttention {
     k_proj: Linear,
     v_proj: Linear,
     o_proj: Linear,
+    place: HiddenPlace,
     #[module(skip)]
     heads: (usize, usize),
 }
@@ -208,6 +209,7 @@ pub(crate) struct LlamaMlp {
     gate_proj: Linear,
     up_proj: Linear,
     down_proj: Linear,
+    place: HiddenPlace,
 }
 
 /// One block.
@@ -217,6 +219,7 @@ pub(crate) struct LlamaLayer {
     mlp: LlamaMlp,
     input_layernorm: RmsNorm,
     post_attention_layernorm: RmsNorm,
+    place: HiddenPlace,
 }
 
 /// The decoder without its output layer.
@@ -295,14 +298,17 @@ impl LlamaLayer {
             None => (k, v),
         };
         let mixed = attention(q, k, v, mask);
-        let x = x + at.at("o_proj").linear(&own.o_proj, mixed);
+        let y = at.at("o_proj").linear(&own.o_proj, mixed);
+        let h = x.clone() + at.hidden(Hidden::sublayer(&x, y));
 
         let after = &self.post_attention_layernorm;
-        let norm = cx.at("post_attention_layernorm").rms_norm(after, x.clone());
+        let norm = cx.at("post_attention_layernorm").rms_norm(after, h.clone());
         let (mlp, at) = (&self.mlp, cx.at("mlp"));
         let gate = at.at("gate_proj").linear(&mlp.gate_proj, norm.clone());
         let up = at.at("up_proj").linear(&mlp.up_proj, norm);
-        x + at.at("down_proj").linear(&mlp.down_proj, silu_mul(gate, up))
+        let y = at.at("down_proj").linear(&mlp.down_proj, silu_mul(gate, up));
+        let y = h.clone() + at.hidden(Hidden::sublayer(&h, y));
+        cx.hidden(Hidden::block(x, y))
     }
 }
 
@@ -319,15 +325,18 @@ impl LlamaModel {
                 k_proj: linear(h, groups * d, bias, device),
                 v_proj: linear(h, groups * d, bias, device),
                 o_proj: linear(heads * d, h, bias, device),
+                place: HiddenPlace::new(h),
                 heads: (heads, groups),
             },
             mlp: LlamaMlp {
                 gate_proj: linear(h, wide, mlp_bias, device),
                 up_proj: linear(h, wide, mlp_bias, device),
                 down_proj: linear(wide, h, mlp_bias, device),
+                place: HiddenPlace::new(h),
             },
             input_layernorm: norm(),
             post_attention_layernorm: norm(),
+            place: HiddenPlace::new(h),
         };
         Ok(Self {
             embed_tokens: table(config.vocab_size, h, device),
@@ -348,6 +357,7 @@ impl LlamaModel {
         let device = self.embed_tokens.weight.device();
         let shape = [tokens.batch, tokens.seq];
         let past = cache.as_ref().map_or(0, |cache| cache.len());
+        let cx = &cx.reading(tokens.seen(past, &device));
         let mut kept: Vec<Vec<i32>> = match &cache {
             Some(cache) if !cache.is_empty() => cache.kept.clone(),
             _ => vec![Vec::new(); tokens.batch],

@@ -1,7 +1,7 @@
 //! What a text model reads: token ids on the host, where they can be checked.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_peft_core::Error;
+use burn_peft_core::{Error, SeenTokens};
 
 /// A padded batch of token sequences, row by row.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -77,6 +77,12 @@ impl Tokens {
 
     pub(crate) fn tensor(&self, values: &[i32], device: &Device) -> Tensor<2, Int> {
         Tensor::from_data(TensorData::new(values.to_vec(), [self.batch, self.seq]), device)
+    }
+
+    /// For what lies over the model, after `past` columns that were read before.
+    pub(crate) fn seen(&self, past: usize, device: &Device) -> SeenTokens {
+        let [ids, kept] = [&self.ids, &self.mask].map(|values| self.tensor(values, device));
+        SeenTokens { ids, kept, past }
     }
 
     /// Positions by column, after `past` columns that were read before. As in `transformers`, padding

@@ -2,12 +2,14 @@
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
-use burn_peft_core::{Scope, Sites, TensorFile, write_tensors};
+use burn_peft_core::{Kind, Laid, Overlay, Scope, Sites, TensorFile, write_tensors};
 use burn_peft_models::{
     BertForSequenceClassification, KvCache, LlamaForCausalLM, Loaded, Precision, Pretrained,
     Sampling, Tokens, generate, save_model,
 };
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 /// The bound on logits in f32.
 const BOUND: f32 = 1e-4;
@@ -173,12 +175,45 @@ fn sites_bear_the_checkpoints_names() {
     let model: BertForSequenceClassification = load(&folder).model;
     let file = TensorFile::open(folder.join("model.safetensors")).expect("is committed");
     let sites = Sites::of(&model, Some(BertForSequenceClassification::OUTPUT));
-    for site in &sites.all {
+    for site in sites.all.iter().filter(|site| site.kind != Kind::Hidden) {
         assert!(file.has(&format!("{}.weight", site.path)), "{}", site.path);
     }
     assert!(sites.get(BertForSequenceClassification::OUTPUT).is_some());
     let count: usize = file.names().map(|n| file.shape(n).map_or(0, |s| s.iter().product())).sum();
     assert_eq!(model.num_params(), count);
+}
+
+/// Takes note of the places that a forward pass asks for.
+#[derive(Default)]
+struct Visited(Mutex<BTreeSet<String>>);
+
+impl Overlay for Visited {
+    fn at<'a>(&'a self, path: &str, _laid: &mut Vec<Laid<'a>>) {
+        self.0.lock().expect("is whole").insert(path.to_owned());
+    }
+}
+
+#[test]
+fn a_forward_pass_visits_the_places_that_are_found() {
+    fn same<M: Pretrained>(name: &str, forward: impl Fn(&M, &Scope<'_>)) {
+        let model: M = load(&fixture(name)).model;
+        let visited = Visited::default();
+        forward(&model, &Scope::new(&visited));
+        let sites = Sites::of(&model, Some(M::OUTPUT));
+        let found: BTreeSet<String> = sites.all.iter().map(|site| site.path.clone()).collect();
+        assert_eq!(visited.0.into_inner().expect("is whole"), found, "{name}");
+        let hidden = sites.all.iter().filter(|site| site.kind == Kind::Hidden);
+        assert!(hidden.clone().count() > 5 && hidden.clone().all(|site| site.fan_out() == 32));
+    }
+    let tokens = Tokens::row(&[5, 40, 17]);
+    same::<BertForSequenceClassification>("bert", |model, cx| {
+        model.forward(&tokens, cx);
+    });
+    for name in LLAMAS {
+        same::<LlamaForCausalLM>(name, |model, cx| {
+            model.forward(&tokens, cx);
+        });
+    }
 }
 
 /// A copy of a fixture with one file changed.

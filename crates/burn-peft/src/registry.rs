@@ -90,6 +90,18 @@ methods![
     burn_peft_reparam::VbLora,
     burn_peft_reparam::Vera,
     burn_peft_reparam::WaveFt,
+    burn_peft_additive::Beft,
+    burn_peft_additive::Bottleneck,
+    burn_peft_additive::Compacter,
+    burn_peft_additive::Hadamard,
+    burn_peft_additive::Ia3,
+    burn_peft_additive::LnTuning,
+    burn_peft_additive::Mov,
+    burn_peft_additive::Pasta,
+    burn_peft_additive::Reft,
+    burn_peft_additive::RepAdapter,
+    burn_peft_additive::Ssf,
+    burn_peft_additive::TrainableTokens,
 ];
 
 /// Adapters whose method is known at run time only.

@@ -3,14 +3,34 @@
 
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
-use burn::tensor::{Device, Distribution, Tensor};
-use burn_peft::core::{Counted, Method, Passes, Scope, Sites, Targets, adapt, survey};
+use burn::tensor::{Device, Distribution, Int, Tensor};
+use burn_peft::core::{
+    Counted, Hidden, HiddenPlace, Kind, Method, Passes, Scope, SeenTokens, Sites, Targets, adapt,
+    survey,
+};
 use burn_peft::registry::{ForEach, for_each_method};
 
 #[derive(Module, Debug)]
 struct Two {
     query: Linear,
+    block: Block,
     head: Linear,
+}
+
+#[derive(Module, Debug)]
+struct Block {
+    place: HiddenPlace,
+}
+
+impl Two {
+    fn forward(&self, x: &Tensor<3>, cx: &Scope<'_>) -> Tensor<3> {
+        let [batch, seq, _] = x.dims();
+        let ids = Tensor::<2, Int>::zeros([batch, seq], &x.device());
+        let cx = &cx.reading(SeenTokens { kept: ids.ones_like(), ids, past: 0 });
+        let y = cx.at("query").linear(&self.query, x.clone());
+        let y = cx.at("block").hidden(Hidden::sublayer(x, y));
+        cx.at("head").linear(&self.head, y)
+    }
 }
 
 /// What methods see that look at data first.
@@ -22,8 +42,7 @@ impl Passes for Data<'_> {
     }
 
     fn loss(&self, _batch: usize, cx: &Scope<'_>) -> Tensor<1> {
-        let hidden = cx.at("query").linear(&self.0.query, self.1.clone());
-        cx.at("head").linear(&self.0.head, hidden).powi_scalar(2).mean()
+        self.0.forward(&self.1, cx).powi_scalar(2).mean()
     }
 
     fn counted(&self, _batch: usize, _targets_only: bool) -> Counted {
@@ -42,20 +61,25 @@ impl ForEach for Repeats {
     fn visit<T: Method>(&mut self) {
         let model = Two {
             query: LinearConfig::new(16, 16).init(&self.device),
+            block: Block { place: HiddenPlace::new(16) },
             head: LinearConfig::new(16, 4).init(&self.device),
         };
         let sites = Sites::of(&model, None);
         let x = Tensor::<3>::ones([2, 3, 16], &self.device);
-        for method in T::samples(&Targets::list(["query"])) {
+        let serves = |kind| T::KINDS.contains(&kind);
+        let place = match (serves(Kind::Linear), serves(Kind::Hidden)) {
+            (true, _) => "query",
+            (_, true) => "block",
+            // What lies over words and norms alone draws nothing.
+            _ => return,
+        };
+        for method in T::samples(&Targets::list([place])) {
             let data = Tensor::random([4, 8, 16], Distribution::Default, &self.device);
             let method = survey(method, &sites, &Data(&model, data)).expect("fits");
             // Two steps along the gradient, so that no factor is zero any more.
             let mut adapters =
                 adapt(&sites, &method, 0, &self.device.clone().autodiff()).expect("fits");
-            let forward = |adapters: &_| {
-                let cx = Scope::new(adapters);
-                cx.at("head").linear(&model.head, cx.at("query").linear(&model.query, x.clone()))
-            };
+            let forward = |adapters: &_| model.forward(&x, &Scope::new(adapters));
             let mut optimizer = burn::optim::AdamConfig::new().init();
             for _ in 0..2 {
                 let gradients = forward(&adapters).powi_scalar(2).mean().backward();

@@ -19,6 +19,12 @@ law!(
             assert!(said.contains("bias of its own"), "{} {path}: {said}", case.name);
             return;
         }
+        let is_vector = |path| case.sites.get(path).is_some_and(|site| site.matrix().is_none());
+        if adapters.iter().any(|(path, _)| is_vector(path)) {
+            let said = made.expect_err("changes a vector").to_string();
+            assert!(said.contains("no product of two matrices"), "{}: {said}", case.name);
+            return;
+        }
         let made = made.expect("is a difference of weights");
         let found = case.forward(&Scope::new(&made.adapters));
         close(&found, &case.forward(&Scope::new(&adapters)), &case.name);

@@ -57,7 +57,7 @@ pub(crate) fn near(found: &[f32], expected: &[f32], what: &str) {
 }
 
 /// Tensors by name, less the copies that HF PEFT's wrapper writes twice.
-fn contents(path: PathBuf) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
+pub(crate) fn contents(path: PathBuf) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
     let mut file = open(path);
     let names: Vec<String> = file.names().map(str::to_owned).collect();
     // And the base weight of an adapted embedding, which is not ours to write.

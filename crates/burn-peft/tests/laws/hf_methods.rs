@@ -3,7 +3,7 @@
 
 use crate::hf::{base, device, fixtures, floats, kept, near, open, same_file, tokens};
 use crate::probe::values;
-use burn_peft::core::{Error, Folds, Method, Scope, Sites, merge, peft_type};
+use burn_peft::core::{Error, Folds, Kind, Method, Scope, Sites, merge, peft_type};
 use burn_peft::models::{BertForSequenceClassification, LlamaForCausalLM, Pretrained};
 use burn_peft::registry::{ForEach, Job, for_each_method, load_any, with_method};
 use std::collections::BTreeSet;
@@ -19,16 +19,17 @@ impl Job for SameFile<'_> {
     }
 }
 
-fn folders(model: &str) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(fixtures().join("methods")).expect("is committed");
+fn folders(kind: &str, model: &str) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(fixtures().join(kind)).expect("is committed");
     let mut folders: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
     folders.retain(|path| path.to_string_lossy().ends_with(&format!("-{model}")));
     folders.sort();
     folders
 }
 
-/// Goes through the adapters for one model; returns their methods.
+/// Goes through the adapters of a kind for one model; returns their methods.
 fn check<M: Pretrained>(
+    kind: &str,
     model: &str,
     forward: impl Fn(&M, &Scope<'_>) -> Vec<f32>,
     kept: impl Fn(&[f32]) -> Vec<f32>,
@@ -37,7 +38,7 @@ fn check<M: Pretrained>(
     let sites = Sites::of(&base, Some(M::OUTPUT));
     let plain = kept(&forward(&base, &Scope::plain()));
     let mut methods = BTreeSet::new();
-    for folder in folders(model) {
+    for folder in folders(kind, model) {
         let name = folder.file_name().expect("has a name").to_string_lossy().into_owned();
         let method = peft_type(&folder).expect("names its method");
         with_method(&method, SameFile(&folder, &sites)).expect("is in the registry");
@@ -61,20 +62,30 @@ fn check<M: Pretrained>(
     methods
 }
 
-#[test]
-fn methods_of_hf_peft() {
+/// Goes through the adapters of a kind for both models, of which `all` are the methods that may not be missing.
+fn check_both(kind: &str, all: BTreeSet<String>) {
     let bert_tokens = tokens("bert", true);
     let bert = check::<BertForSequenceClassification>(
+        kind,
         "bert",
         |model, cx| values(model.forward(&bert_tokens, cx)),
         <[f32]>::to_vec,
     );
     let llama_tokens = tokens("llama", false);
     let llama = check::<LlamaForCausalLM>(
+        kind,
         "llama",
         |model, cx| values(model.forward(&llama_tokens, cx)),
         |all| kept(all, &llama_tokens),
     );
+    for (model, found) in [("bert", bert), ("llama", llama)] {
+        let missing: Vec<_> = all.difference(&found).collect();
+        assert!(missing.is_empty(), "no golden files on {model} for {missing:?}");
+    }
+}
+
+#[test]
+fn methods_of_hf_peft() {
     struct Named(BTreeSet<String>);
     impl ForEach for Named {
         fn visit<T: Method>(&mut self) {
@@ -86,8 +97,21 @@ fn methods_of_hf_peft() {
     }
     let mut named = Named(BTreeSet::new());
     for_each_method(&mut named);
-    for (model, found) in [("bert", bert), ("llama", llama)] {
-        let missing: Vec<_> = named.0.difference(&found).collect();
-        assert!(missing.is_empty(), "no golden files on {model} for {missing:?}");
+    check_both("methods", named.0);
+}
+
+/// With the numbers of AdapterHub's `adapters` (`interop/hidden.py`).
+#[test]
+fn methods_over_hidden_states() {
+    struct Named(BTreeSet<String>);
+    impl ForEach for Named {
+        fn visit<T: Method>(&mut self) {
+            if T::KINDS == [Kind::Hidden] {
+                self.0.insert(T::NAME.to_owned());
+            }
+        }
     }
+    let mut named = Named(BTreeSet::new());
+    for_each_method(&mut named);
+    check_both("hidden", named.0);
 }

@@ -1,6 +1,7 @@
 //! The laws, over every registered method, every option that it samples, and every backend of the
 //! build. A method needs no tests of its own to be held to them.
 
+mod adapterhub;
 #[path = "../../examples/any_model.rs"]
 mod any_model;
 mod combine;
@@ -8,6 +9,7 @@ mod hf;
 mod hf_convolutions;
 mod hf_methods;
 mod matrix;
+mod mixed;
 mod other_models;
 mod probe;
 
@@ -16,11 +18,11 @@ use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft::core::{
     AdapterConfig, Adapters, BASE, Bank, Error, Folded, Folds, Method, Scope, Sites, Targets,
-    Trained, adapt, load, merge, save, survey, trained_parameters,
+    Trained, Value, adapt, load, merge, save, survey, trained_parameters,
 };
 use burn_peft::device;
 use burn_peft::registry::{ForEach, NAMES, for_each_method};
-use probe::{Drawn, Probe, all_values, close, fresh, ids, targets, values};
+use probe::{Drawn, Probe, all_values, close, fresh, ids, serves_linear, targets, values};
 use std::panic::Location;
 
 /// One configuration of a method over the probe, on one backend.
@@ -395,20 +397,29 @@ law!(
         let folder = tempfile::tempdir().expect("makes a folder");
         let config = AdapterConfig::new(case.method.clone());
         save(folder.path(), &config, &case.sites, &case.trained(1)).expect("is written");
+        let path = match serves_linear::<T>() {
+            true => "query".to_owned(),
+            false => case.trained(1).places()[0].clone(),
+        };
         let other = |fan_in| {
             let mut other = case.sites.clone();
             let wide = burn::nn::LinearConfig::new(fan_in, 12).init(&case.device);
-            for site in other.all.iter_mut().filter(|site| site.path == "query") {
-                site.weight = burn_peft::core::Value::D2(wide.weight.val());
-                site.bias = wide.bias.as_ref().map(|b| b.val());
+            let bias = wide.bias.as_ref().map(|b| b.val());
+            for site in other.all.iter_mut().filter(|site| site.path == path) {
+                let vector = matches!(site.weight, Value::D1(_));
+                site.weight = match &bias {
+                    Some(bias) if vector => Value::D1(bias.clone()),
+                    _ => Value::D2(wide.weight.val()),
+                };
+                site.bias = site.bias.as_ref().and(bias.clone());
             }
             other
         };
         // A spectrum says nothing of the size of its place.
         let shapes = |sites: &Sites| -> Vec<_> {
             let adapters = adapt(sites, &case.method, 1, &case.device);
-            let site = sites.get("query").expect("is there");
-            let tensors = adapters.ok().map(|a| case.method.tensors(site, a.get("query").expect("is there")));
+            let site = sites.get(&path).expect("is there");
+            let tensors = adapters.ok().map(|a| case.method.tensors(site, a.get(&path).expect("is there")));
             tensors.into_iter().flatten().map(|(_, data)| data.shape().to_vec()).collect()
         };
         for other in [other(8), other(10)] {
@@ -417,10 +428,10 @@ law!(
             }
             let refused = load::<T>(folder.path(), &other, &case.device).expect_err("does not fit");
             let said = refused.to_string();
-            assert!(said.contains("query") && said.contains("expected"), "{}: {said}", case.name);
+            assert!(said.contains(&path) && said.contains("expected"), "{}: {said}", case.name);
         }
         let mut other = case.sites.clone();
-        other.all.retain(|site| site.path != "query");
+        other.all.retain(|site| site.path != path);
         assert!(load::<T>(folder.path(), &other, &case.device).is_err(), "{}", case.name);
     }
 );
@@ -453,11 +464,14 @@ fn targets_that_match_nothing_list_near_names() {
     struct Refused<'a>(&'a Sites);
     impl ForEach for Refused<'_> {
         fn visit<T: Method>(&mut self) {
+            let near = self.0.all.iter().find(|site| T::KINDS.contains(&site.kind));
+            let near = near.expect("serves a place").path.rsplit('.').next().expect("has a name");
+            let near = if serves_linear::<T>() { "query" } else { near };
             for method in T::samples(&Targets::list(["quary"])) {
                 let device = self.0.all[0].device().autodiff();
                 let said =
                     adapt(self.0, &method, 0, &device).expect_err("matches nothing").to_string();
-                assert!(said.contains("`quary`") && said.contains("query"), "{said}");
+                assert!(said.contains("`quary`") && said.contains(near), "{said}");
             }
         }
     }

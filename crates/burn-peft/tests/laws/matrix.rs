@@ -22,15 +22,18 @@ impl ForEach for Rows {
         let serves = |kind| if T::KINDS.contains(&kind) { "yes" } else { "" };
         let yes = |is: bool| if is { "yes" } else { "" };
         self.0.push(format!(
-            "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |",
+            "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |",
             T::NAME,
             serves(Kind::Linear),
             serves(Kind::Embedding),
             serves(Kind::Conv1d),
             serves(Kind::Conv2d),
+            serves(Kind::Norm),
+            serves(Kind::Hidden),
             if method.weight_only() { "dense" } else { "factored" },
             yes(T::fold(adapter).is_some()),
-            yes(T::fold(adapter).is_some_and(|fold| !fold.brings_bias())),
+            yes(T::fold(adapter).is_some_and(|fold| !fold.brings_bias())
+                && T::KINDS.iter().any(|kind| *kind != Kind::Norm)),
             "yes",
             "yes",
             yes(T::HF_FORMAT),
@@ -44,8 +47,8 @@ fn the_capability_matrix_is_the_documents() {
     let mut rows = Rows(Vec::new(), Probe::new(&device));
     for_each_method(&mut rows);
     rows.0.sort();
-    let head = "| method | linear | embedding | conv1d | conv2d | forward | merge | convertible | mix | rows | HF format |\n\
-                |---|---|---|---|---|---|---|---|---|---|---|\n";
+    let head = "| method | linear | embedding | conv1d | conv2d | norm | hidden | forward | merge | convertible | mix | rows | HF format |\n\
+                |---|---|---|---|---|---|---|---|---|---|---|---|---|\n";
     let table = format!("{head}{}\n", rows.0.join("\n"));
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/methods.md");
     let text = std::fs::read_to_string(&path).expect("is committed");

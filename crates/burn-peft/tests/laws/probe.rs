@@ -7,18 +7,29 @@ use burn::nn::{
 };
 use burn::tensor::activation::relu;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_peft::core::{Counted, Kind, Method, Names, Passes, Scope, Sites, Targets, Trained};
+use burn_peft::core::{
+    Counted, Hidden, HiddenPlace, Kind, Method, Names, Passes, Scope, SeenTokens, Sites, Targets,
+    Trained,
+};
 
 const VOCAB: usize = 11;
 const WIDTH: usize = 8;
 const SEQ: usize = 5;
 
-/// Words, two linear layers, both convolutions, a norm and a head. Widths of linear layers are multiples
+/// A residual sum with its norm: a place for hidden states.
+#[derive(Module, Debug)]
+pub(crate) struct Block {
+    norm: LayerNorm,
+    place: HiddenPlace,
+}
+
+/// Words, two linear layers, a place for hidden states, both convolutions, a norm and a head. Widths of linear layers are multiples
 /// of 4, for methods that cut them into blocks.
 #[derive(Module, Debug)]
 pub(crate) struct Probe {
     words: Embedding,
     query: Linear,
+    block: Block,
     conv: Conv1d,
     image: Conv2d,
     norm: LayerNorm,
@@ -33,6 +44,10 @@ impl Probe {
         let model = Self {
             words: EmbeddingConfig::new(VOCAB, WIDTH).init(device),
             query: LinearConfig::new(WIDTH, WIDTH).init(device),
+            block: Block {
+                norm: LayerNormConfig::new(WIDTH).init(device),
+                place: HiddenPlace::new(WIDTH),
+            },
             conv: conv.init(device),
             image: Conv2dConfig::new([1, 4], [2, 2]).with_stride([1, 2]).init(device),
             norm: LayerNormConfig::new(12).init(device),
@@ -44,8 +59,14 @@ impl Probe {
 
     /// As a model of the zoo is written: every layer through the scope.
     pub(crate) fn forward(&self, ids: &Tensor<2, Int>, cx: &Scope<'_>) -> Tensor<3> {
+        // The last rows end in padding.
+        let kept = ids.clone().ones_like().slice_fill([2..4, SEQ - 1..SEQ], 0);
+        let cx = &cx.reading(SeenTokens { ids: ids.clone(), kept, past: 0 });
         let x = cx.at("words").embedding(&self.words, ids.clone());
-        let x = relu(cx.at("query").linear(&self.query, x));
+        let y = relu(cx.at("query").linear(&self.query, x.clone()));
+        let at = cx.at("block");
+        let y = at.hidden(Hidden::sublayer(&x, y).before(&self.block.norm));
+        let x = at.at("norm").layer_norm(&self.block.norm, 1e-5, x + y);
         let x = cx.at("conv").conv1d(&self.conv, x.swap_dims(1, 2)); // [batch, 6, seq]
         let x = cx.at("image").conv2d(&self.image, x.swap_dims(1, 2).unsqueeze_dim(1));
         let x = cx.at("norm").layer_norm(&self.norm, 1e-5, flat(x));
@@ -56,7 +77,8 @@ impl Probe {
     /// As Burn's users write it: a model that knows of no adapters.
     pub(crate) fn plain(&self, ids: &Tensor<2, Int>) -> Tensor<3> {
         let x = self.words.forward(ids.clone());
-        let x = relu(self.query.forward(x));
+        let y = relu(self.query.forward(x.clone()));
+        let x = self.block.norm.forward(x + y);
         let x = self.conv.forward(x.swap_dims(1, 2));
         let x = self.image.forward(x.swap_dims(1, 2).unsqueeze_dim(1));
         let x = self.norm.forward(flat(x));
@@ -93,7 +115,12 @@ pub(crate) fn ids(device: &Device) -> Tensor<2, Int> {
     Tensor::from_data(TensorData::new(values, [4, SEQ]), device)
 }
 
-/// The linear places, and all that the method serves but the head, by name.
+/// Whether the method serves linear places; the laws that are about one place take one of these, if so.
+pub(crate) fn serves_linear<T: Method>() -> bool {
+    T::KINDS.contains(&Kind::Linear)
+}
+
+/// The linear places, if the method serves any, and all that it serves but the head, by name.
 pub(crate) fn targets<T: Method>(sites: &Sites) -> [Targets; 2] {
     let of = |serves: &dyn Fn(Kind) -> bool| Targets {
         target_modules: Some(
@@ -106,7 +133,9 @@ pub(crate) fn targets<T: Method>(sites: &Sites) -> [Targets; 2] {
         ),
         ..Targets::default()
     };
-    [of(&|kind| kind == Kind::Linear), of(&|kind| T::KINDS.contains(&kind))]
+    let all = |kind| T::KINDS.contains(&kind);
+    let narrow = |kind| if serves_linear::<T>() { kind == Kind::Linear } else { all(kind) };
+    [of(&narrow), of(&all)]
 }
 
 /// Gives every parameter values drawn from a seed.

@@ -1,0 +1,134 @@
+//! Hidden states as places: what flows between the layers of a model, `[batch, seq, hidden]`.
+
+use burn::module::{
+    Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor,
+};
+use burn::nn::LayerNorm;
+use burn::tensor::{Device, Int, Tensor};
+
+/// Marks the module that holds it as a place for hidden states: what that module gives on can be adapted, by
+/// its path. It has no parameters; [`Sites`](crate::Sites) finds it.
+#[derive(Debug, Clone, Copy)]
+pub struct HiddenPlace {
+    width: usize,
+}
+
+impl HiddenPlace {
+    /// The type under which a visitor meets it; the name it is met by is the width.
+    pub(crate) const MARK: &'static str = "Struct:HiddenPlace";
+
+    /// For states of this width, `hidden`.
+    pub fn new(width: usize) -> Self {
+        Self { width }
+    }
+}
+
+impl Module for HiddenPlace {
+    fn collect_devices(&self, devices: Devices) -> Devices {
+        devices
+    }
+
+    fn fork(self, _device: &Device) -> Self {
+        self
+    }
+
+    fn to_device(self, _device: &Device) -> Self {
+        self
+    }
+
+    fn train(self) -> Self {
+        self
+    }
+
+    fn valid(&self) -> Self {
+        *self
+    }
+
+    fn materialize(self) -> Self {
+        self
+    }
+
+    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
+        // A visitor sees names and parameters only.
+        let width = self.width.to_string();
+        visitor.enter_module(&width, Self::MARK);
+        visitor.exit_module(&width, Self::MARK);
+    }
+
+    fn map<M: ModuleMapper>(self, _mapper: &mut M) -> Self {
+        self
+    }
+}
+
+impl ModuleDisplayDefault for HiddenPlace {
+    fn content(&self, content: Content) -> Option<Content> {
+        content.add("width", &self.width).optional()
+    }
+}
+
+impl ModuleDisplay for HiddenPlace {}
+
+/// A hidden state where a sublayer or a block gives it on, all tensors `[batch, seq, hidden]`.
+#[derive(Debug, Clone)]
+pub struct Hidden<'a> {
+    /// The residual stream that the sublayer (before any norm of the block's own) or the block read.
+    pub x: Tensor<3>,
+    /// What it gives on.
+    pub y: Tensor<3>,
+    /// Whether `y` is about to be added to `x`, as a sublayer's output is; a block's is the sum already.
+    pub is_added: bool,
+    /// The frozen norm over that sum, where the block has it there.
+    pub norm: Option<&'a LayerNorm>,
+    /// The tokens that it is the state of, where the model reads tokens.
+    pub tokens: Option<SeenTokens>,
+}
+
+impl<'a> Hidden<'a> {
+    /// A sublayer `y = F(x)` on its way back into the residual stream `x`.
+    pub fn sublayer(x: &Tensor<3>, y: Tensor<3>) -> Self {
+        Self { x: x.clone(), y, is_added: true, norm: None, tokens: None }
+    }
+
+    /// A block that read the stream `x` and gives on the stream `y`.
+    pub fn block(x: Tensor<3>, y: Tensor<3>) -> Self {
+        Self { x, y, is_added: false, norm: None, tokens: None }
+    }
+
+    /// With this norm over `x + y`.
+    pub fn before(mut self, norm: &'a LayerNorm) -> Self {
+        self.norm = Some(norm);
+        self
+    }
+
+    /// Only these rows of the batch.
+    pub(crate) fn select(&self, rows: &Tensor<1, Int>) -> Self {
+        Self {
+            x: self.x.clone().select(0, rows.clone()),
+            y: self.y.clone().select(0, rows.clone()),
+            is_added: self.is_added,
+            norm: self.norm,
+            tokens: self.tokens.as_ref().map(|tokens| tokens.select(rows)),
+        }
+    }
+}
+
+/// The tokens that a forward pass reads.
+#[derive(Debug, Clone)]
+pub struct SeenTokens {
+    /// Their ids, `[batch, seq]`.
+    pub ids: Tensor<2, Int>,
+    /// 1 for a token and 0 for padding, `[batch, seq]`.
+    pub kept: Tensor<2, Int>,
+    /// Number of columns that earlier passes have read (generation).
+    pub past: usize,
+}
+
+impl SeenTokens {
+    fn select(&self, rows: &Tensor<1, Int>) -> Self {
+        Self {
+            ids: self.ids.clone().select(0, rows.clone()),
+            kept: self.kept.clone().select(0, rows.clone()),
+            past: self.past,
+        }
+    }
+}
