@@ -52,7 +52,7 @@ impl Method for Hadamard {
     }
 
     fn samples(targets: &Targets) -> Vec<Self> {
-        let saved = Some(vec!["norm".into(), "head".into()]);
+        let saved = Some(vec!["head".into()]);
         let saving = Targets { modules_to_save: saved, ..targets.clone() };
         vec![Self::new(saving), Self::new(targets.clone())]
     }
