@@ -71,6 +71,20 @@ tuple!(A, B);
 tuple!(A, B, C);
 tuple!(A, B, C, D);
 
+/// What is added to the score of a pair that must not see each other: finite, so that a row of padding
+/// stays a number.
+pub const HIDDEN: f32 = -1e9;
+
+/// Tokens (`N = 1`), or keys and values (`N = 2`), that stand in front of a sequence.
+#[derive(Debug, Clone)]
+pub struct Front<const N: usize> {
+    /// Each `[batch, n, width]`.
+    pub parts: [Tensor<3>; N],
+    /// What is added to the scores of each of the `n`, so that it counts as often as its strength says: its
+    /// logarithm, 0 for the usual strength of 1, [`HIDDEN`] for none.
+    pub scores: Vec<f32>,
+}
+
 /// Where a forward pass is, and what lies over the model; handed down the forward by argument.
 ///
 /// A model says `cx.at("query").linear(&self.query, x)` and nothing more: the scope adds what
@@ -166,6 +180,51 @@ impl<'a> Scope<'a> {
     pub fn conv2d(&self, layer: &Conv2d, x: Tensor<4>) -> Tensor<4> {
         let y0 = layer.forward(x.clone());
         sum(self.laid(), &x, y0, |a, x, y| a.conv2d(layer, x, y))
+    }
+
+    /// How many virtual tokens, or keys and values, stand in front here.
+    pub fn virtual_tokens(&self) -> usize {
+        self.laid().iter().map(|laid| laid.adapter.virtual_tokens()).sum()
+    }
+
+    /// What stands in front of the embedded tokens `x [batch, seq, dim]`: `[batch, n, dim]`.
+    pub fn prompt(&self, x: &Tensor<3>) -> Option<Front<1>> {
+        self.front(x, |adapter| adapter.prompt(x).map(|tokens| [tokens]))
+    }
+
+    /// What stands in front of the keys and values of an attention that reads `x [batch, seq, hidden]`:
+    /// each `[batch, n, width]`.
+    pub fn prefix(&self, x: &Tensor<3>) -> Option<Front<2>> {
+        self.front(x, |adapter| adapter.prefix(x))
+    }
+
+    fn front<const N: usize>(
+        &self,
+        x: &Tensor<3>,
+        of: impl Fn(&dyn Adapter) -> Option<[Tensor<3>; N]>,
+    ) -> Option<Front<N>> {
+        let [batch, _, _] = x.dims();
+        let mut parts: [Vec<Tensor<3>>; N] = std::array::from_fn(|_| Vec::new());
+        let mut scores = Vec::new();
+        for Laid { adapter, strength } in self.laid() {
+            let Some(found) = of(adapter) else { continue };
+            // Rows of their own have no meaning here, and `Bank::rows` refuses them.
+            let weight = if let Strength::Scale(w) = strength { w } else { 1.0 };
+            let [_, n, _] = found[0].dims();
+            scores.extend(std::iter::repeat_n((weight.ln() as f32).max(HIDDEN), n));
+            for (part, tensor) in parts.iter_mut().zip(found) {
+                let [_, n, width] = tensor.dims();
+                part.push(tensor.expand([batch, n, width]).cast(x.dtype()));
+            }
+        }
+        (!scores.is_empty())
+            .then(|| Front { parts: parts.map(|part| Tensor::cat(part, 1)), scores })
+    }
+
+    /// What an attention mixes, `y [batch, seq, heads · d]`, with what lies over it; see
+    /// [`Adapter::attention`].
+    pub fn attention(&self, q: &Tensor<4>, key: &Linear, value: &Linear, y: Tensor<3>) -> Tensor<3> {
+        sum(self.laid(), q, y, |a, q, _| a.attention(q, key, value))
     }
 
     /// A layer norm with what lies over it, `[.., dim]`.

@@ -90,6 +90,10 @@ methods![
     burn_peft_reparam::VbLora,
     burn_peft_reparam::Vera,
     burn_peft_reparam::WaveFt,
+    burn_peft_additive::AdaptionPrompt,
+    burn_peft_additive::PTuning,
+    burn_peft_additive::PrefixTuning,
+    burn_peft_additive::PromptTuning,
 ];
 
 /// Adapters whose method is known at run time only.

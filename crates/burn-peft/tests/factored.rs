@@ -5,7 +5,7 @@
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Distribution, Tensor};
-use burn_peft::core::{Counted, Method, Passes, Scope, Sites, Targets, adapt, attach, survey};
+use burn_peft::core::{Counted, Kind, Method, Passes, Scope, Sites, Targets, adapt, attach, survey};
 use burn_peft::registry::{ForEach, for_each_method};
 use burn_peft::reparam::Lora;
 
@@ -62,6 +62,9 @@ struct Factored {
 
 impl ForEach for Factored {
     fn visit<T: Method>(&mut self) {
+        if !T::KINDS.contains(&Kind::Linear) {
+            return; // it lies over no weight
+        }
         let sites = Sites::of(&self.model, None);
         for method in T::samples(&Targets::list(["query"])) {
             if method.weight_only() {

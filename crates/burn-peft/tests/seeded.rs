@@ -4,7 +4,7 @@
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Distribution, Tensor};
-use burn_peft::core::{Counted, Method, Passes, Scope, Sites, Targets, adapt, survey};
+use burn_peft::core::{Counted, Kind, Method, Passes, Scope, Sites, Targets, adapt, survey};
 use burn_peft::registry::{ForEach, for_each_method};
 
 #[derive(Module, Debug)]
@@ -40,6 +40,9 @@ struct Repeats {
 
 impl ForEach for Repeats {
     fn visit<T: Method>(&mut self) {
+        if !T::KINDS.contains(&Kind::Linear) {
+            return; // it lies over no weight
+        }
         let model = Two {
             query: LinearConfig::new(16, 16).init(&self.device),
             head: LinearConfig::new(16, 4).init(&self.device),

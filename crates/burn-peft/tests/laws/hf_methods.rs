@@ -86,7 +86,9 @@ fn methods_of_hf_peft() {
     }
     let mut named = Named(BTreeSet::new());
     for_each_method(&mut named);
-    for (model, found) in [("bert", bert), ("llama", llama)] {
+    // HF PEFT has no such for BERT.
+    let not_for_bert = BTreeSet::from(["ADAPTION_PROMPT".to_owned()]);
+    for (model, found) in [("bert", &bert | &not_for_bert), ("llama", llama)] {
         let missing: Vec<_> = named.0.difference(&found).collect();
         assert!(missing.is_empty(), "no golden files on {model} for {missing:?}");
     }

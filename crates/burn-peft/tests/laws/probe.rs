@@ -5,25 +5,63 @@ use burn::nn::conv::{Conv1d, Conv1dConfig, Conv2d, Conv2dConfig};
 use burn::nn::{
     Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig, PaddingConfig1d,
 };
-use burn::tensor::activation::relu;
+use burn::tensor::activation::{relu, softmax};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_peft::core::{Counted, Kind, Method, Names, Passes, Scope, Sites, Targets, Trained};
+use burn_peft::core::{Counted, Front, Kind, Method, Names, Passes, Scope, Sites, Targets, Trained};
 
 const VOCAB: usize = 11;
 const WIDTH: usize = 8;
 const SEQ: usize = 5;
 
-/// Words, two linear layers, both convolutions, a norm and a head. Widths of linear layers are multiples
+/// Words, two linear layers, an attention, both convolutions, a norm and a head. Widths of linear layers are multiples
 /// of 4, for methods that cut them into blocks.
 #[derive(Module, Debug)]
 pub(crate) struct Probe {
     words: Embedding,
     query: Linear,
+    mixer: MixerAttention,
     conv: Conv1d,
     image: Conv2d,
     norm: LayerNorm,
     mix: Linear,
     head: Linear,
+}
+
+/// Two heads that read what they mix: queries are the input.
+#[derive(Module, Debug)]
+struct MixerAttention {
+    key: Linear,
+    value: Linear,
+}
+
+/// `[batch, seq, 8] → [batch, 2, seq, 4]`.
+fn heads(x: Tensor<3>) -> Tensor<4> {
+    let [batch, seq, width] = x.dims();
+    x.reshape([batch, seq, 2, width / 2]).swap_dims(1, 2)
+}
+
+/// `softmax(q·kᵀ + scores)·v`; `scores [total]`.
+fn mixed(q: &Tensor<4>, k: Tensor<3>, v: Tensor<3>, scores: Vec<f32>) -> Tensor<3> {
+    let [batch, _, seq, _] = q.dims();
+    let scores = Tensor::<1>::from_data(scores.as_slice(), &q.device().inner());
+    let weights = softmax(q.clone().matmul(heads(k).swap_dims(2, 3)) + scores.unsqueeze(), 3);
+    weights.matmul(heads(v)).swap_dims(1, 2).reshape([batch, seq, WIDTH])
+}
+
+impl MixerAttention {
+    /// `front` are the scores of virtual tokens in `x`.
+    fn forward(&self, x: Tensor<3>, front: &[f32], cx: &Scope<'_>) -> Tensor<3> {
+        let mut k = cx.at("key").linear(&self.key, x.clone());
+        let mut v = cx.at("value").linear(&self.value, x.clone());
+        let mut scores = front.to_vec();
+        scores.resize(x.dims()[1], 0.0);
+        if let Some(Front { parts: [keys, values], scores: own }) = cx.prefix(&x) {
+            (k, v) = (Tensor::cat(vec![keys, k], 1), Tensor::cat(vec![values, v], 1));
+            scores = [own, scores].concat();
+        }
+        let q = heads(x);
+        cx.attention(&q, &self.key, &self.value, mixed(&q, k, v, scores))
+    }
 }
 
 impl Probe {
@@ -33,6 +71,10 @@ impl Probe {
         let model = Self {
             words: EmbeddingConfig::new(VOCAB, WIDTH).init(device),
             query: LinearConfig::new(WIDTH, WIDTH).init(device),
+            mixer: MixerAttention {
+                key: LinearConfig::new(WIDTH, WIDTH).init(device),
+                value: LinearConfig::new(WIDTH, WIDTH).init(device),
+            },
             conv: conv.init(device),
             image: Conv2dConfig::new([1, 4], [2, 2]).with_stride([1, 2]).init(device),
             norm: LayerNormConfig::new(12).init(device),
@@ -44,8 +86,13 @@ impl Probe {
 
     /// As a model of the zoo is written: every layer through the scope.
     pub(crate) fn forward(&self, ids: &Tensor<2, Int>, cx: &Scope<'_>) -> Tensor<3> {
-        let x = cx.at("words").embedding(&self.words, ids.clone());
+        let words = cx.at("words");
+        let (mut x, mut front) = (words.embedding(&self.words, ids.clone()), Vec::new());
+        if let Some(Front { parts: [prompt], scores }) = words.prompt(&x) {
+            (x, front) = (Tensor::cat(vec![prompt, x], 1), scores);
+        }
         let x = relu(cx.at("query").linear(&self.query, x));
+        let x = x.clone() + self.mixer.forward(x, &front, &cx.at("mixer"));
         let x = cx.at("conv").conv1d(&self.conv, x.swap_dims(1, 2)); // [batch, 6, seq]
         let x = cx.at("image").conv2d(&self.image, x.swap_dims(1, 2).unsqueeze_dim(1));
         let x = cx.at("norm").layer_norm(&self.norm, flat(x));
@@ -57,6 +104,9 @@ impl Probe {
     pub(crate) fn plain(&self, ids: &Tensor<2, Int>) -> Tensor<3> {
         let x = self.words.forward(ids.clone());
         let x = relu(self.query.forward(x));
+        let [_, seq, _] = x.dims();
+        let (k, v) = (self.mixer.key.forward(x.clone()), self.mixer.value.forward(x.clone()));
+        let x = x.clone() + mixed(&heads(x), k, v, vec![0.0; seq]);
         let x = self.conv.forward(x.swap_dims(1, 2));
         let x = self.image.forward(x.swap_dims(1, 2).unsqueeze_dim(1));
         let x = self.norm.forward(flat(x));
@@ -98,8 +148,7 @@ pub(crate) fn targets<T: Method>(sites: &Sites) -> [Targets; 2] {
     let of = |serves: &dyn Fn(Kind) -> bool| Targets {
         target_modules: Some(
             sites
-                .all
-                .iter()
+                .places()
                 .filter(|site| serves(site.kind) && site.path != "head")
                 .map(|site| site.path.clone())
                 .collect::<Names>(),
