@@ -81,8 +81,10 @@ impl Adapter for GatedPrompt {
         };
         let (k, v) = (split(key), split(value));
         let groups = k.dims()[1];
-        let q = (q.clone() * (d as f64).powf(-0.5)).reshape([batch, groups, heads / groups * seq, d]);
-        let weights = softmax(q.matmul(k.swap_dims(2, 3)), 3) * self.adaption_gate.val().unsqueeze();
+        let q =
+            (q.clone() * (d as f64).powf(-0.5)).reshape([batch, groups, heads / groups * seq, d]);
+        let weights =
+            softmax(q.matmul(k.swap_dims(2, 3)), 3) * self.adaption_gate.val().unsqueeze();
         let mixed = weights.matmul(v).reshape([batch, heads, seq, d]);
         Some(mixed.swap_dims(1, 2).reshape([batch, seq, heads * d]))
     }
@@ -140,7 +142,8 @@ impl Method for AdaptionPrompt {
             None => Ok(found),
             Some(layers) if layers <= found.len() => Ok(found[found.len() - layers..].to_vec()),
             Some(layers) => {
-                let reason = format!("expected at most {}, the model's, found {layers}", found.len());
+                let reason =
+                    format!("expected at most {}, the model's, found {layers}", found.len());
                 Err(Error::config("adapter_layers", reason))
             }
         }

@@ -5,6 +5,7 @@ mod p_tuning;
 mod p_tuning_encoder;
 mod prefix_tuning;
 mod prompt;
+mod prompt_dept;
 mod prompt_tuning;
 
 pub use adaption_prompt::{AdaptionPrompt, GatedPrompt};
@@ -12,4 +13,5 @@ pub use p_tuning::{EncodedPrompt, PTuning, Reparameterization};
 pub use p_tuning_encoder::{BiLstm, Lstm, PromptEncoder};
 pub use prefix_tuning::{Blocks, Prefix, PrefixEncoder, PrefixTuning};
 pub use prompt::VirtualTokens;
+pub use prompt_dept::{DePt, DecomposedPrompt};
 pub use prompt_tuning::{Prompt, PromptInit, PromptTuning};

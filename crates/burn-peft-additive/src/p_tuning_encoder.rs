@@ -54,7 +54,8 @@ impl Lstm {
         let h = self.hidden.weight.dims()[0];
         let gates = self.input.forward(x); // [n, 4·h]
         let device = gates.device();
-        let (mut state, mut cell) = (Tensor::zeros([1, h], &device), Tensor::zeros([1, h], &device));
+        let (mut state, mut cell) =
+            (Tensor::zeros([1, h], &device), Tensor::zeros([1, h], &device));
         let mut out: Vec<Tensor<2>> = Vec::with_capacity(n);
         for step in 0..n {
             let at = if backwards { n - 1 - step } else { step };
@@ -116,5 +117,102 @@ impl PromptEncoder {
             x = linear(x, layer.weight.val(), layer.bias.as_ref().map(Param::val));
         }
         x
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::TensorData;
+    use burn_peft_core::TensorFile;
+    use rand::SeedableRng;
+    use std::path::Path;
+
+    /// What PyTorch's network of HF PEFT makes of its own numbers (`interop/fixtures.py`).
+    struct Golden(TensorFile, Device);
+
+    impl Golden {
+        fn of(name: &str, file: &str) -> Self {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/methods");
+            let file = TensorFile::open(folder.join(name).join(file)).expect("is committed");
+            Self(file, Device::flex())
+        }
+
+        fn data(&mut self, name: &str) -> TensorData {
+            self.0.take_data(name).expect("is in the file")
+        }
+
+        /// `weight` and `bias` of a linear layer.
+        fn layer(&mut self, weight: &str, bias: &str) -> Linear {
+            let weight = Tensor::<2>::from_data(self.data(&format!("encoder.{weight}")), &self.1);
+            let bias = Tensor::from_data(self.data(&format!("encoder.{bias}")), &self.1);
+            Linear {
+                weight: Param::from_tensor(weight.transpose()),
+                bias: Some(Param::from_tensor(bias)),
+            }
+        }
+
+        fn head(&mut self, layers: &[usize]) -> Vec<Linear> {
+            let names = layers
+                .iter()
+                .map(|i| [format!("mlp_head.{i}.weight"), format!("mlp_head.{i}.bias")]);
+            names.map(|[weight, bias]| self.layer(&weight, &bias)).collect()
+        }
+    }
+
+    fn agrees(name: &str, make: impl FnOnce(&mut Golden) -> PromptEncoder) {
+        let mut golden = Golden::of(name, "golden.safetensors");
+        let encoder = make(&mut golden);
+        let table = golden.data("encoder.embedding.weight");
+        let found = encoder.forward(Tensor::from_data(table, &golden.1), true);
+        let expected = Golden::of(name, "adapter_model.safetensors").data("prompt_embeddings");
+        let far = (found - Tensor::from_data(expected, &golden.1)).abs().max().into_scalar::<f32>();
+        assert!(far < 1e-5, "{name} differs by {far}");
+    }
+
+    #[test]
+    fn an_mlp_is_pytorchs() {
+        for name in ["p_tuning-bert", "p_tuning-llama"] {
+            agrees(name, |golden| PromptEncoder {
+                lstm: Vec::new(),
+                head: golden.head(&[0, 2, 4]),
+                dropout: DropoutConfig::new(0.0).init(),
+            });
+        }
+    }
+
+    #[test]
+    fn an_lstm_is_pytorchs() {
+        for name in ["p_tuning-lstm-bert", "p_tuning-lstm-llama"] {
+            agrees(name, |golden| {
+                let mut lstm = |layer: usize, way: &str| {
+                    let mut part = |kind: &str| {
+                        let of = |what: &str| format!("lstm_head.{what}_{kind}_l{layer}{way}");
+                        golden.layer(&of("weight"), &of("bias"))
+                    };
+                    Lstm { input: part("ih"), hidden: part("hh") }
+                };
+                let mut layer = |index| BiLstm {
+                    forwards: lstm(index, ""),
+                    backwards: lstm(index, "_reverse"),
+                };
+                let lstm = vec![layer(0), layer(1)];
+                let dropout = DropoutConfig::new(0.1).init();
+                PromptEncoder { lstm, head: golden.head(&[0, 2]), dropout }
+            });
+        }
+    }
+
+    #[test]
+    fn dropout_acts_in_training_and_never_in_what_is_written() {
+        let device = Device::flex().autodiff();
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let encoder = PromptEncoder::lstm(4, 6, 2, 0.5, &mut rng, &device);
+        let x = Tensor::<2>::ones([3, 4], &device);
+        let values = |drop| -> Vec<f32> {
+            encoder.forward(x.clone(), drop).into_data().try_to_vec().expect("is f32")
+        };
+        assert_ne!(values(true), values(true));
+        assert_eq!(values(false), values(false));
     }
 }

@@ -168,9 +168,10 @@ impl Method for PrefixTuning {
         }
         match self.init_weights.as_deref() {
             None | Some("zero") => Ok(()),
-            Some(other) => {
-                Err(Error::config("init_weights", format!("expected \"zero\" or null, found {other}")))
-            }
+            Some(other) => Err(Error::config(
+                "init_weights",
+                format!("expected \"zero\" or null, found {other}"),
+            )),
         }
     }
 
@@ -281,5 +282,56 @@ impl Method for PrefixTuning {
         let shape = [self.virtual_tokens.num_virtual_tokens, sites.len() * 2 * width];
         let table = file.take(EMBEDDINGS, shape, device)?;
         Ok(Blocks { table: Some(table), ..self.blocks(sites) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn_peft_core::TensorFile;
+    use std::path::Path;
+
+    /// `W₂·tanh(W₁·E + b₁) + b₂` with HF PEFT's own numbers, cut into blocks, is what it writes.
+    #[test]
+    fn a_projection_is_hf_pefts() {
+        let device = Device::flex();
+        for (name, width) in [("bert", 32), ("llama", 16)] {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+                .join(format!("../../fixtures/methods/prefix_tuning-projection-{name}"));
+            let open = |file| TensorFile::open(folder.join(file)).expect("is committed");
+            let mut golden = open("golden.safetensors");
+            let mut take =
+                |part: &str| golden.take_data(&format!("encoder.{part}")).expect("is there");
+            let table = Param::from_tensor(Tensor::from_data(take("embedding.weight"), &device));
+            let mut layer = |index: usize| {
+                let weight =
+                    Tensor::<2>::from_data(take(&format!("transform.{index}.weight")), &device);
+                let bias =
+                    Tensor::<1>::from_data(take(&format!("transform.{index}.bias")), &device);
+                (weight.transpose(), bias)
+            };
+            let linear = |(weight, bias)| Linear {
+                weight: Param::from_tensor(weight),
+                bias: Some(Param::from_tensor(bias)),
+            };
+            let (down, up) = (linear(layer(0)), layer(2));
+            let block = |layer: usize| {
+                let columns = layer * 2 * width;
+                let weight = up.0.clone().narrow(1, columns, 2 * width);
+                let up = linear((weight, up.1.clone().narrow(0, columns, 2 * width)));
+                let encoder = Some(PrefixEncoder { down: down.clone(), up });
+                Prefix { table: table.clone(), encoder, layer }
+            };
+            let (zeroth, first) = (block(0), block(1));
+            let method = PrefixTuning { prefix_projection: true, ..PrefixTuning::new(3) };
+            let mut written = method.shared_tensors(&[&first, &zeroth]);
+            let (_, found) = written.pop().expect("is one");
+            let expected =
+                open("adapter_model.safetensors").take_data(EMBEDDINGS).expect("is there");
+            let [found, expected] =
+                [found, expected].map(|data| Tensor::<2>::from_data(data, &device));
+            let far = (found - expected).abs().max().into_scalar::<f32>();
+            assert!(far < 1e-5, "{name} differs by {far}");
+        }
     }
 }

@@ -79,7 +79,8 @@ pub(crate) fn agree(
 ) -> Result<(), Error> {
     match stated {
         Some(stated) if stated != found => {
-            let reason = format!("{field}: expected {stated}, as the configuration says, found {found}");
+            let reason =
+                format!("{field}: expected {stated}, as the configuration says, found {found}");
             Err(Error::place(path, reason))
         }
         _ => Ok(()),
@@ -95,9 +96,7 @@ pub(crate) fn between(
 ) -> Result<(), Error> {
     match (least..=most).contains(&value) {
         true => Ok(()),
-        false => {
-            Err(Error::config(field, format!("expected {least} to {most}, found {value}")))
-        }
+        false => Err(Error::config(field, format!("expected {least} to {most}, found {value}"))),
     }
 }
 

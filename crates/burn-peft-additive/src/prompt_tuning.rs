@@ -81,9 +81,10 @@ impl PromptTuning {
             (PromptInit::SampleVocab, _) => {
                 Ok(Some((0..n).map(|_| rng.random_range(0..vocabulary) as i32).collect()))
             }
-            (PromptInit::Text, None) => {
-                Err(Error::config(FIELD, "expected its tokens to be known; found that nobody told them"))
-            }
+            (PromptInit::Text, None) => Err(Error::config(
+                FIELD,
+                "expected its tokens to be known; found that nobody told them",
+            )),
             (PromptInit::Text, Some(ids)) if ids.is_empty() => {
                 Err(Error::config(FIELD, "expected a text of one token or more, found none"))
             }

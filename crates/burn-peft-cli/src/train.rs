@@ -161,7 +161,9 @@ fn classification(setup: &Setup) -> Result<(), Failure> {
     belongs(&tokenizer, pad, loaded.model.vocab(), &setup.model)?;
     for item in [Some(&train), Some(&valid), test.as_ref()].into_iter().flatten().flat_map(|i| &**i)
     {
-        loaded.model.check(&class_batch(std::slice::from_ref(item), &[0], pad).tokens, &Scope::plain())?;
+        loaded
+            .model
+            .check(&class_batch(std::slice::from_ref(item), &[0], pad).tokens, &Scope::plain())?;
     }
     // Whatever nobody trained before is trained now, and travels with the adapter.
     let fresh = |name: &String| name.rsplit_once('.').map(|(place, _)| place.to_owned());
@@ -248,7 +250,9 @@ fn causal(setup: &Setup) -> Result<(), Failure> {
             report.dropped
         ));
         for item in 0..items.len() {
-            loaded.model.check(&causal_batch(&items, &[&[item]], tokenizer.pad).tokens, &Scope::plain())?;
+            loaded
+                .model
+                .check(&causal_batch(&items, &[&[item]], tokenizer.pad).tokens, &Scope::plain())?;
         }
         Ok(items)
     };

@@ -46,6 +46,12 @@ pub trait Adapter: Debug + Send + Sync {
         None
     }
 
+    /// `δ` of embedded tokens by where they stand: `positions [batch, seq]`, counted from 0 at the first token
+    /// of a row or document → `[batch, seq, dim]`.
+    fn positional(&self, positions: &Tensor<2, Int>) -> Option<Tensor<3>> {
+        None
+    }
+
     /// Virtual tokens in front of the embedded ones `x [batch, seq, dim]`: `[1, n, dim]` for every row, or
     /// `[batch, n, dim]`.
     fn prompt(&self, x: &Tensor<3>) -> Option<Tensor<3>> {

@@ -342,6 +342,10 @@ impl Adapter for AnyAdapter {
         self.0.conv2d(layer, x, y)
     }
 
+    fn positional(&self, positions: &Tensor<2, Int>) -> Option<Tensor<3>> {
+        self.0.positional(positions)
+    }
+
     fn prompt(&self, x: &Tensor<3>) -> Option<Tensor<3>> {
         self.0.prompt(x)
     }

@@ -72,11 +72,7 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     ///
     /// # Errors
     /// As [`Targets::select`]; or a model without the place that it needs.
-    fn places<'s>(
-        &self,
-        sites: &'s Sites,
-        strictness: Strictness,
-    ) -> Result<Vec<&'s Site>, Error> {
+    fn places<'s>(&self, sites: &'s Sites, strictness: Strictness) -> Result<Vec<&'s Site>, Error> {
         self.targets().select(sites, Self::KINDS, strictness)
     }
 

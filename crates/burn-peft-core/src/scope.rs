@@ -11,7 +11,8 @@ use burn::tensor::{Int, Tensor};
 pub enum Strength<'a> {
     /// `y0 + w·δ` for the whole batch.
     Scale(f64),
-    /// `y0 + δ` for these rows of the batch only: indices `[n]` into its first axis.
+    /// `y0 + δ` for these rows of the batch only: indices `[n]` into its first axis. What stands in front of a
+    /// sequence knows no rows, and [`Bank::rows`](crate::Bank::rows) refuses it.
     Rows(&'a Tensor<1, Int>),
 }
 
@@ -187,6 +188,20 @@ impl<'a> Scope<'a> {
         self.laid().iter().map(|laid| laid.adapter.virtual_tokens()).sum()
     }
 
+    /// Embedded tokens `x [batch, seq, dim]` with what lies over them by their positions, which are made when
+    /// something does.
+    pub fn positional(
+        &self,
+        x: Tensor<3>,
+        positions: impl FnOnce() -> Tensor<2, Int>,
+    ) -> Tensor<3> {
+        let laid = self.laid();
+        if laid.is_empty() {
+            return x;
+        }
+        sum(laid, &positions(), x, |a, positions, _| a.positional(positions))
+    }
+
     /// What stands in front of the embedded tokens `x [batch, seq, dim]`: `[batch, n, dim]`.
     pub fn prompt(&self, x: &Tensor<3>) -> Option<Front<1>> {
         self.front(x, |adapter| adapter.prompt(x).map(|tokens| [tokens]))
@@ -223,7 +238,13 @@ impl<'a> Scope<'a> {
 
     /// What an attention mixes, `y [batch, seq, heads · d]`, with what lies over it; see
     /// [`Adapter::attention`].
-    pub fn attention(&self, q: &Tensor<4>, key: &Linear, value: &Linear, y: Tensor<3>) -> Tensor<3> {
+    pub fn attention(
+        &self,
+        q: &Tensor<4>,
+        key: &Linear,
+        value: &Linear,
+        y: Tensor<3>,
+    ) -> Tensor<3> {
         sum(self.laid(), q, y, |a, q, _| a.attention(q, key, value))
     }
 

@@ -108,8 +108,7 @@ pub(crate) fn causal_mask(
         let document = |column: usize| segments.map(|s| s[row * own + column - front]);
         for i in 0..rows {
             for (j, &score) in scores.iter().enumerate() {
-                let sees =
-                    j <= past + i && (j < front || document(j) == document(past + i));
+                let sees = j <= past + i && (j < front || document(j) == document(past + i));
                 values.push(if sees { score } else { HIDDEN });
             }
         }

@@ -311,6 +311,7 @@ impl BertModel {
         let ids = |values: &[i32]| tokens.tensor(values, &device);
         let words = at.at("word_embeddings");
         let mut embedded = words.embedding(&parts.word_embeddings, ids(&tokens.ids));
+        embedded = words.positional(embedded, || ids(&tokens.positions(0..0, 0, 0)));
         let mut front = Vec::new();
         if let Some(Front { parts: [prompt], scores }) = words.prompt(&embedded) {
             embedded = Tensor::cat(vec![prompt, embedded], 1);

@@ -390,6 +390,8 @@ impl LlamaModel {
         let past = cache.as_ref().map_or(0, |cache| cache.len());
         let (words, ids) = (cx.at("embed_tokens"), tokens.tensor(&tokens.ids, &device));
         let mut x = words.embedding(&self.embed_tokens, ids);
+        let read = past.saturating_sub(words.virtual_tokens()); // of the sequence's own
+        x = words.positional(x, || tokens.tensor(&tokens.positions(0..0, read, 0), &device));
         let mut scores = match &cache {
             Some(cache) if past > 0 => cache.scores.clone(),
             _ => vec![Vec::new(); tokens.batch],

@@ -91,6 +91,7 @@ methods![
     burn_peft_reparam::Vera,
     burn_peft_reparam::WaveFt,
     burn_peft_additive::AdaptionPrompt,
+    burn_peft_additive::DePt,
     burn_peft_additive::PTuning,
     burn_peft_additive::PrefixTuning,
     burn_peft_additive::PromptTuning,

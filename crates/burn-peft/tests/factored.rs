@@ -5,7 +5,9 @@
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Distribution, Tensor};
-use burn_peft::core::{Counted, Kind, Method, Passes, Scope, Sites, Targets, adapt, attach, survey};
+use burn_peft::core::{
+    Counted, Kind, Method, Passes, Scope, Sites, Targets, adapt, attach, survey,
+};
 use burn_peft::registry::{ForEach, for_each_method};
 use burn_peft::reparam::Lora;
 

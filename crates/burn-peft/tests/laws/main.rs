@@ -9,15 +9,15 @@ mod hf_convolutions;
 mod hf_methods;
 mod matrix;
 mod other_models;
-mod prompts;
 mod probe;
+mod prompts;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft::core::{
-    Adapter, AdapterConfig, Adapters, BASE, Bank, Error, Folded, Folds, Method, Scope, Sites, Targets,
-    Trained, adapt, load, merge, save, survey, trained_parameters,
+    Adapter, AdapterConfig, Adapters, BASE, Bank, Error, Folded, Folds, Method, Scope, Sites,
+    Targets, Trained, adapt, load, merge, save, survey, trained_parameters,
 };
 use burn_peft::device;
 use burn_peft::registry::{ForEach, NAMES, for_each_method};

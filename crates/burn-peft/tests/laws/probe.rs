@@ -7,7 +7,9 @@ use burn::nn::{
 };
 use burn::tensor::activation::{relu, softmax};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_peft::core::{Counted, Front, Kind, Method, Names, Passes, Scope, Sites, Targets, Trained};
+use burn_peft::core::{
+    Counted, Front, Kind, Method, Names, Passes, Scope, Sites, Targets, Trained,
+};
 
 const VOCAB: usize = 11;
 const WIDTH: usize = 8;
@@ -40,11 +42,15 @@ fn heads(x: Tensor<3>) -> Tensor<4> {
     x.reshape([batch, seq, 2, width / 2]).swap_dims(1, 2)
 }
 
-/// `softmax(q·kᵀ + scores)·v`; `scores [total]`.
+/// `softmax(q·kᵀ + scores)·v` beside a score of 0 that has no value, so that a bias of all keys counts;
+/// `scores [total]`.
 fn mixed(q: &Tensor<4>, k: Tensor<3>, v: Tensor<3>, scores: Vec<f32>) -> Tensor<3> {
     let [batch, _, seq, _] = q.dims();
     let scores = Tensor::<1>::from_data(scores.as_slice(), &q.device().inner());
-    let weights = softmax(q.clone().matmul(heads(k).swap_dims(2, 3)) + scores.unsqueeze(), 3);
+    let scores = q.clone().matmul(heads(k).swap_dims(2, 3)) + scores.unsqueeze();
+    let [_, heads_of, _, total] = scores.dims();
+    let beside = Tensor::zeros([batch, heads_of, seq, 1], &q.device().inner());
+    let weights = softmax(Tensor::cat(vec![scores, beside], 3), 3).narrow(3, 0, total);
     weights.matmul(heads(v)).swap_dims(1, 2).reshape([batch, seq, WIDTH])
 }
 
@@ -88,6 +94,10 @@ impl Probe {
     pub(crate) fn forward(&self, ids: &Tensor<2, Int>, cx: &Scope<'_>) -> Tensor<3> {
         let words = cx.at("words");
         let (mut x, mut front) = (words.embedding(&self.words, ids.clone()), Vec::new());
+        x = words.positional(x, || {
+            let columns = Tensor::arange(0..SEQ as i64, &ids.device()).unsqueeze::<2>();
+            columns.expand(ids.dims())
+        });
         if let Some(Front { parts: [prompt], scores }) = words.prompt(&x) {
             (x, front) = (Tensor::cat(vec![prompt, x], 1), scores);
         }

@@ -4,14 +4,15 @@
 use crate::hf::{base, device, fixtures, floats, near, open, tokens};
 use crate::probe::{Drawn, values};
 use burn::module::Module;
-use burn::tensor::Tensor;
-use burn_peft::additive::{PTuning, PrefixTuning, PromptInit, PromptTuning, VirtualTokens};
+use burn::tensor::{Int, Tensor};
+use burn_peft::additive::{DePt, PTuning, PrefixTuning, PromptInit, PromptTuning, VirtualTokens};
 use burn_peft::core::{
-    Adapter, AdapterConfig, Adapters, Laid, Method, Overlay, Scope, Sites, Strength, Targets, adapt,
-    load, save,
+    Adapter, AdapterConfig, Adapters, Laid, Method, Overlay, Scope, Sites, Strength, Targets,
+    adapt, load, save,
 };
 use burn_peft::models::{
-    BertForSequenceClassification, KvCache, LlamaForCausalLM, Pretrained, Sampling, Tokens, generate,
+    BertForSequenceClassification, KvCache, LlamaForCausalLM, Pretrained, Sampling, Tokens,
+    generate,
 };
 use burn_peft::reparam::Lora;
 
@@ -39,6 +40,16 @@ fn trained<T: Method>(sites: &Sites, method: &T) -> Adapters<T::Adapter> {
 
 fn sites<M: Pretrained>(model: &M) -> Sites {
     Sites::of(model, Some(M::OUTPUT))
+}
+
+/// Four virtual tokens, and a change of the first five of a sequence.
+fn dept() -> DePt {
+    DePt {
+        virtual_tokens: VirtualTokens { num_virtual_tokens: 4, ..VirtualTokens::default() },
+        max_length: 5,
+        r: 2,
+        ..DePt::default()
+    }
 }
 
 fn prefix(n: usize) -> PrefixTuning {
@@ -123,7 +134,7 @@ fn a_strength_is_how_often_it_counts() {
 fn a_cache_changes_nothing() {
     let model: Llama = base("llama");
     let sites = sites(&model);
-    let adapters = (trained(&sites, &PromptTuning::new(4)), trained(&sites, &prefix(3)));
+    let adapters = (trained(&sites, &dept()), trained(&sites, &prefix(3)));
     let cx = Scope::new(&adapters);
     let ids = [5_u32, 40, 17, 9, 61, 33];
     let whole = values(model.hidden(&Tokens::row(&ids), &cx, None));
@@ -140,7 +151,7 @@ fn a_cache_changes_nothing() {
 fn packed_documents_each_have_the_prompt() {
     let model: Llama = base("llama");
     let sites = sites(&model);
-    let adapters = (trained(&sites, &PromptTuning::new(4)), trained(&sites, &prefix(3)));
+    let adapters = (trained(&sites, &dept()), trained(&sites, &prefix(3)));
     let cx = Scope::new(&adapters);
     let (one, two) = ([5_u32, 40, 17, 9], [61_u32, 33, 8]);
     let alone = [&one[..], &two[..]].map(|ids| values(model.forward(&Tokens::row(ids), &cx)));
@@ -200,8 +211,8 @@ fn a_text_begins_as_its_words() {
     let folder = fixtures().join("methods/prompt_tuning-text-llama");
     let expected = floats(&mut open(folder.join("golden.safetensors")), "begins");
     let config = AdapterConfig::<PromptTuning>::load(&folder).expect("is whole");
-    let tokenizer =
-        burn_peft::train::data::TextTokenizer::load(&fixtures().join("models/llama")).expect("is whole");
+    let tokenizer = burn_peft::train::data::TextTokenizer::load(&fixtures().join("models/llama"))
+        .expect("is whole");
     let (text, _) = config.method.text().expect("begins with a text");
     let ids = tokenizer.encode_whole(&[text], true).expect("is text").concat();
     let untold = adapt(&sites(&model), &config.method, 0, &device()).expect_err("knows no tokens");
@@ -220,7 +231,8 @@ fn a_text_begins_as_its_words() {
 fn a_vocabulary_prompt_begins_as_words() {
     let model: Llama = base("llama");
     let sites = sites(&model);
-    let method = PromptTuning { prompt_tuning_init: PromptInit::SampleVocab, ..PromptTuning::new(6) };
+    let method =
+        PromptTuning { prompt_tuning_init: PromptInit::SampleVocab, ..PromptTuning::new(6) };
     let adapters = adapt(&sites, &method, 3, &device()).expect("fits");
     let (_, prompt) = adapters.iter().next().expect("is one");
     let table = sites.get(Llama::EMBEDDING).and_then(|site| site.matrix()).expect("has words");
@@ -245,19 +257,29 @@ fn what_does_not_fit_is_named() {
         (stated(VirtualTokens { token_dim: Some(8), ..VirtualTokens::default() }), "token_dim"),
         (stated(VirtualTokens { num_layers: Some(3), ..VirtualTokens::default() }), "num_layers"),
         (
-            stated(VirtualTokens { num_transformer_submodules: Some(2), ..VirtualTokens::default() }),
+            stated(VirtualTokens {
+                num_transformer_submodules: Some(2),
+                ..VirtualTokens::default()
+            }),
             "num_transformer_submodules",
         ),
-        (stated(VirtualTokens { num_virtual_tokens: 0, ..VirtualTokens::default() }), "num_virtual_tokens"),
+        (
+            stated(VirtualTokens { num_virtual_tokens: 0, ..VirtualTokens::default() }),
+            "num_virtual_tokens",
+        ),
         (PrefixTuning { init_weights: Some("one".into()), ..prefix(3) }, "init_weights"),
     ] {
         let said = adapt(&sites[0], &method, 0, &device()).expect_err("does not fit").to_string();
         assert!(said.contains(name), "{said}");
     }
     let none = Sites::of(&burn::nn::LinearConfig::new(2, 2).init(&device()), None);
-    assert!(adapt(&none, &prefix(3), 0, &device()).is_err_and(|e| e.to_string().contains("attentions")));
+    assert!(
+        adapt(&none, &prefix(3), 0, &device()).is_err_and(|e| e.to_string().contains("attentions"))
+    );
     let prompt = PromptTuning::new(3);
-    assert!(adapt(&none, &prompt, 0, &device()).is_err_and(|e| e.to_string().contains("embedding")));
+    assert!(
+        adapt(&none, &prompt, 0, &device()).is_err_and(|e| e.to_string().contains("embedding"))
+    );
 }
 
 /// Sequences share their positions with what stands in front.
@@ -274,6 +296,37 @@ fn too_long_a_sequence_is_refused() {
             _ => assert!(checked.is_err_and(|e| e.to_string().contains("at most 29"))),
         }
     }
+}
+
+/// `E(x) + A·B` by hand: row `i` of the product for token `i`, and none from `max_length` on.
+#[test]
+fn dept_changes_words_by_their_positions() {
+    let model: Bert = base("bert");
+    let sites = sites(&model);
+    let adapters = trained(&sites, &dept());
+    let (_, adapter) = adapters.iter().next().expect("is one");
+    let product = values(adapter.dept_a.val().matmul(adapter.dept_b.val())); // [5, 32]
+    let positions = Tensor::<2, Int>::from_data([[0, 1, 4, 5], [2, 9, 3, 0]], &device());
+    let found = values(adapter.positional(&positions).expect("changes words"));
+    let expected: Vec<f32> = [0, 1, 4, 5, 2, 9, 3, 0]
+        .iter()
+        .flat_map(|&at| match at {
+            0..5 => product[at * 32..(at + 1) * 32].to_vec(),
+            _ => vec![0.0; 32],
+        })
+        .collect();
+    near(&found, &expected, "positional");
+    let tokens = tokens("bert", true);
+    let forward = |overlay: &dyn Overlay| values(model.forward(&tokens, &Scope::new(&overlay)));
+    let (_, prompt) = trained(&sites, &PromptTuning::new(4))
+        .iter()
+        .next()
+        .map(|(p, a)| (p.to_owned(), a.clone()))
+        .expect("is one");
+    let mut prompt = prompt;
+    prompt.prompt_embeddings = adapter.prompt_embeddings.clone();
+    let alone = Adapters::new([("bert.embeddings.word_embeddings".to_owned(), prompt)], []);
+    differ(&forward(&adapters), &forward(&alone));
 }
 
 /// The faces say how many they are.
