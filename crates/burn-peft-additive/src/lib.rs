@@ -7,6 +7,8 @@ mod prefix_tuning;
 mod prompt;
 mod prompt_dept;
 mod prompt_tuning;
+mod prompt_xprompt;
+mod prompt_xprompt_policy;
 
 pub use adaption_prompt::{AdaptionPrompt, GatedPrompt};
 pub use p_tuning::{EncodedPrompt, PTuning, Reparameterization};
@@ -15,3 +17,4 @@ pub use prefix_tuning::{Blocks, Prefix, PrefixEncoder, PrefixTuning};
 pub use prompt::VirtualTokens;
 pub use prompt_dept::{DePt, DecomposedPrompt};
 pub use prompt_tuning::{Prompt, PromptInit, PromptTuning};
+pub use prompt_xprompt::{PrunedPrompt, XPrompt};

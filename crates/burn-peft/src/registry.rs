@@ -95,6 +95,7 @@ methods![
     burn_peft_additive::PTuning,
     burn_peft_additive::PrefixTuning,
     burn_peft_additive::PromptTuning,
+    burn_peft_additive::XPrompt,
 ];
 
 /// Adapters whose method is known at run time only.

@@ -84,7 +84,7 @@ fn fitting(method: &str) -> &'static str {
 
 /// Methods that have but one place to go, and are refused names of layers.
 const ONE_PLACE: &[&str] =
-    &["ADAPTION_PROMPT", "DEPT", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"];
+    &["ADAPTION_PROMPT", "DEPT", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "XPROMPT"];
 
 #[test]
 fn every_method_trains_and_is_merged() {
