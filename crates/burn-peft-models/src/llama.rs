@@ -2,6 +2,7 @@
 
 use crate::Tokens;
 use crate::attention::{attention, behind, causal_mask, score, split_heads};
+use crate::cache::{Cached, KvCache};
 use crate::load::{Pretrained, linear, plausible, table};
 use burn::module::Module;
 use burn::nn::{Embedding, Linear, RmsNorm, RmsNormConfig};
@@ -244,57 +245,6 @@ pub struct LlamaForCausalLM {
     lm_head: Option<Linear>,
     #[module(skip)]
     limits: (usize, usize),
-}
-
-/// Keys and values of the tokens so far, so that generation reads each token once.
-#[derive(Debug, Clone, Default)]
-pub struct KvCache {
-    layers: Vec<Cached>,
-    /// What is added to the score of each token held, a row of the batch.
-    scores: Vec<Vec<f32>>,
-}
-
-/// Of one block.
-#[derive(Debug, Clone)]
-struct Cached {
-    k: Tensor<4>,
-    v: Tensor<4>,
-    /// What stands in front of them, asked for once.
-    prefix: Option<Front<2>>,
-}
-
-impl KvCache {
-    /// Tokens held, padding and virtual ones counted in.
-    pub fn len(&self) -> usize {
-        self.scores.first().map_or(0, Vec::len)
-    }
-
-    /// Whether nothing was read yet.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// The block's keys and values with new ones behind them, and what stands in front of all.
-    fn extend(
-        &mut self,
-        layer: usize,
-        [k, v]: [Tensor<4>; 2],
-        prefix: impl FnOnce() -> Option<Front<2>>,
-    ) -> Cached {
-        let all = match self.layers.get(layer) {
-            None => Cached { k, v, prefix: prefix() },
-            Some(old) => Cached {
-                k: Tensor::cat(vec![old.k.clone(), k], 2),
-                v: Tensor::cat(vec![old.v.clone(), v], 2),
-                prefix: old.prefix.clone(),
-            },
-        };
-        match self.layers.get_mut(layer) {
-            Some(held) => *held = all.clone(),
-            None => self.layers.push(all.clone()),
-        }
-        all
-    }
 }
 
 impl LlamaLayer {
