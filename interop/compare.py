@@ -80,7 +80,8 @@ def embeddings(encoder, texts):
     with torch.no_grad():
         for start in range(0, len(texts), 32):
             batch = pad(texts[start : start + 32])
-            hidden = encoder(**batch).last_hidden_state
+            hidden = encoder(**batch, output_hidden_states=True).hidden_states[-1]
+            hidden = hidden[:, -batch["input_ids"].shape[1]:]  # without those of virtual tokens
             kept = batch["attention_mask"].unsqueeze(2).float()
             mean = (hidden * kept).sum(1) / kept.sum(1)
             found.append(mean / mean.norm(dim=1, keepdim=True))
@@ -128,13 +129,15 @@ def main(job):
 
     texts, labels = read(data)
     neutral, _ = read(rows(job["neutral_file"]))
-    before = embeddings(model.eval().bert, neutral)
+    before = embeddings(model.eval(), neutral)
 
     options = dict(row["options"])
     kind = getattr(peft, row["peft"])
     if "total_step" in kind.__dataclass_fields__:
         options["total_step"] = training["max_steps"]
-    config = kind(task_type="SEQ_CLS", target_modules=row["target_modules"], **options)
+    if row["target_modules"]:
+        options["target_modules"] = row["target_modules"]
+    config = kind(task_type="SEQ_CLS", **options)
     model = peft.get_peft_model(model, config)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rate, decay = training["learning_rate"], training["weight_decay"]
@@ -168,7 +171,7 @@ def main(job):
 
     model.eval()
     held_out, expected = read(rows(job["held_out_file"]))
-    after = embeddings(model.base_model.model.bert, neutral)
+    after = embeddings(model, neutral)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         adapter = (Path(folder) / "adapter_model.safetensors").stat().st_size

@@ -135,6 +135,32 @@ def other_methods():
         write_adapter(name, model, {"logits": model(**inputs).logits}, f"../../models/{base}", "methods")
 
 
+def prompts():
+    """What stands in front of a sequence: its logits, its texts, and the networks that HF PEFT leaves out of its files."""
+    for name, config, base in methods.prompts(ROOT / "models"):
+        torch.manual_seed(4)
+        model = get_peft_model({"bert": tiny.bert, "llama": tiny.llama}[base](), config)
+        drawn = {}
+        if "-text" in name:
+            drawn["begins"] = model.prompt_encoder["default"].embedding.weight.clone()
+        trained = [n for n, p in model.named_parameters() if p.requires_grad and "classifier" not in n]
+        tiny.randomize(model, trained, 0.5)
+        inputs = tiny.inputs(types=True) if base == "bert" else tiny.inputs(left=True)
+        logits = model(**inputs).logits
+        if base == "llama":
+            logits = logits[:, -inputs["input_ids"].shape[1]:]  # those of virtual tokens stand before
+            start = torch.tensor([[1, 17, 33, 5]])
+            grown = model.generate(input_ids=start, attention_mask=torch.ones_like(start), max_new_tokens=12,
+                                   do_sample=False, eos_token_id=None, pad_token_id=0)
+            drawn |= {"prompt": start, "generated": grown[:, start.shape[1]:]}
+        encoders = getattr(model, "prompt_encoder", {})
+        for part, tensor in (encoders["default"].state_dict() if "default" in encoders else {}).items():
+            drawn[f"encoder.{part}"] = tensor
+        if getattr(config, "tokenizer_name_or_path", None):
+            config.tokenizer_name_or_path = f"../../models/{base}"
+        write_adapter(name, model, drawn | {"logits": logits}, f"../../models/{base}", "methods")
+
+
 def add_psofts_factors(model, path):
     """HF PEFT leaves out PSOFT's frozen factors, whose signs are the SVD library's; ours are in the file."""
     factors = {}
@@ -154,7 +180,7 @@ def write_adapter(name, model, tensors, base, kind="adapters"):
     add_psofts_factors(model, folder / "adapter_model.safetensors")
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
-    for names in [config["target_modules"], config.get("feedforward_modules")]:
+    for names in [config.get("target_modules"), config.get("feedforward_modules")]:
         if isinstance(names, list):
             names.sort()  # written out of a set
     path.write_text(json.dumps(config, indent=2, sort_keys=True))
@@ -219,6 +245,7 @@ if __name__ == "__main__":
     adapters()
     convolutions()
     other_methods()
+    prompts()
     data_inits.write(ROOT, golden)
     combine.write(ROOT)
     targets()

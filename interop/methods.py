@@ -184,6 +184,29 @@ METHODS = {
     },
 }
 
+# What stands in front of a sequence has no layers to choose.
+PROMPTS = {
+    "AdaptionPromptConfig": {
+        "adaption_prompt": dict(models=["llama"], adapter_len=4, adapter_layers=2),
+        "adaption_prompt-top": dict(models=["llama"], adapter_len=3, adapter_layers=1),
+    },
+    "PrefixTuningConfig": {
+        "prefix_tuning": dict(num_virtual_tokens=4),
+        "prefix_tuning-projection": dict(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=12),
+        "prefix_tuning-zero": dict(num_virtual_tokens=2, init_weights="zero"),
+    },
+    "PromptEncoderConfig": {
+        "p_tuning": dict(num_virtual_tokens=4),
+        "p_tuning-lstm": dict(num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=12,
+                              encoder_dropout=0.1),
+    },
+    "PromptTuningConfig": {
+        "prompt_tuning": dict(num_virtual_tokens=4),
+        "prompt_tuning-vocab": dict(num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB"),
+        "prompt_tuning-text": dict(num_virtual_tokens=5, prompt_tuning_init="TEXT", prompt_tuning_init_text="w3 w17 w5"),
+    },
+}
+
 # On a convolution over an image (3 to 6 channels, 3 x 3) and one over time (6 to 8, 2).
 IMAGE, BOTH = ["conv1"], ["conv1", "conv2"]
 CONVOLUTIONS = {
@@ -234,6 +257,28 @@ def asked():
             for model in options[name].get("models", fitting):
                 places = TARGETS[model][targets]
                 yield name, method, model, places if isinstance(places, str) else ",".join(places), own
+    for kind, options in PROMPTS.items():
+        for name, own in options.items():
+            own = {key: value for key, value in own.items() if key != "models"}
+            method = PROMPT_TYPES[kind]
+            for model in options[name].get("models", ["bert", "llama"]):
+                yield name, method, model, None, own
+
+
+PROMPT_TYPES = {"AdaptionPromptConfig": "ADAPTION_PROMPT", "PrefixTuningConfig": "PREFIX_TUNING",
+                "PromptEncoderConfig": "P_TUNING", "PromptTuningConfig": "PROMPT_TUNING"}
+
+
+def prompts(tokenizers):
+    """(name, HF's configuration, model); `tokenizers` is the folder with one in a folder for each model."""
+    for kind, options in PROMPTS.items():
+        for name, own in options.items():
+            own = dict(own)
+            for model in own.pop("models", ["bert", "llama"]):
+                task = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM"}[model]
+                text = own.get("prompt_tuning_init") == "TEXT"
+                more = {"tokenizer_name_or_path": str(tokenizers / model)} if text else {}
+                yield f"{name}-{model}", getattr(peft, kind)(task_type=task, **own, **more), model
 
 
 def configurations():

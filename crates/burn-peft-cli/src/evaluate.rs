@@ -74,9 +74,9 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<(), Failure> {
                 causal_batch(&items, &rows, padding)
             };
             let feed = EvalFeed::new(&lengths, size, Arc::new(make));
-            let check = |batch: &CausalBatch| ready.model.check(&batch.tokens);
             let overlay = ready.overlay();
             let cx = Scope::new(&overlay);
+            let check = |batch: &CausalBatch| ready.model.check(&batch.tokens, &cx);
             let report = total(&ready.model, &feed, &ready.device, &cx, check)?;
             json!({
                 "loss": report.loss, "accuracy": report.accuracy(), "targets": report.targets,
@@ -112,7 +112,7 @@ pub(crate) fn labelled(
     let make = move |picked: &[usize]| class_batch(&items, picked, padding);
     let feed = EvalFeed::new(&lengths, size, Arc::new(make));
     for (_, batch) in feed.batches() {
-        ready.model.check(&batch.tokens)?;
+        ready.model.check(&batch.tokens, &Scope::new(&ready.overlay()))?;
     }
     Ok(feed)
 }
@@ -172,7 +172,7 @@ fn batches(
     let batch = |rows: &[Encoded]| {
         let rows: Vec<(&[u32], &[u32])> = rows.iter().map(|e| (&*e.ids, &*e.type_ids)).collect();
         let tokens = pad(&rows, tokenizer.pad);
-        ready.model.check(&tokens)?;
+        ready.model.check(&tokens, &Scope::new(&ready.overlay()))?;
         Ok(tokens)
     };
     encoded.chunks(size(args.per_device_eval_batch_size)?).map(batch).collect()

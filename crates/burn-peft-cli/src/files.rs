@@ -32,8 +32,10 @@ pub(crate) fn read_labels(folder: &Path) -> Result<Option<Vec<String>>, Failure>
 /// Number of classes of the head that an adapter's folder holds, if it holds one.
 pub(crate) fn head_rows(folder: &Path, output: &str) -> Result<Option<usize>, Failure> {
     let file = TensorFile::open(folder.join(TENSORS_FILE))?;
-    let head = format!("base_model.model.{output}.weight");
-    Ok(file.shape(&head).and_then(|shape| shape.first().copied()))
+    // Adapters of layers and what stands in front of a model have names of their own for the base.
+    let names = ["base_model.model", "base_model"].map(|base| format!("{base}.{output}.weight"));
+    let shape = names.iter().find_map(|name| file.shape(name));
+    Ok(shape.and_then(|shape| shape.first().copied()))
 }
 
 /// Refuses a folder that already holds something, unless it may be replaced.

@@ -58,12 +58,12 @@ pub(crate) fn forward(args: &ForwardArgs) -> Result<(), Failure> {
         Task::Classification => {
             let (ready, ..) = classifier(&args.model)?;
             ready.refuse_fresh(&args.model.model)?;
-            ready.model.check(&tokens)?;
+            ready.model.check(&tokens, &Scope::new(&ready.overlay()))?;
             ready.model.forward(&tokens, &Scope::new(&ready.overlay())).into_data()
         }
         Task::CausalLm => {
             let ready = causal(&args.model)?;
-            ready.model.check(&tokens)?;
+            ready.model.check(&tokens, &Scope::new(&ready.overlay()))?;
             ready.model.forward(&tokens, &Scope::new(&ready.overlay())).into_data()
         }
     };

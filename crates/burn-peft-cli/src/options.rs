@@ -133,6 +133,16 @@ pub(crate) fn configure<T: Method>(
     if let Some(unknown) = fields.keys().find(|field| known.get(field.as_str()).is_none()) {
         return Err(Failure::new(format!("{what}: has no option `{unknown}`")));
     }
+    // Nor would names for a method that has but one place to go.
+    let given = [
+        ("target_modules", args.target_modules.is_some()),
+        ("exclude_modules", args.exclude_modules.is_some()),
+        ("layers_to_transform", args.layers_to_transform.is_some()),
+    ];
+    let unknown = given.iter().find(|(field, given)| *given && known.get(*field).is_none());
+    if let Some((field, _)) = unknown {
+        return Err(Failure::new(format!("{what}: has no option `{field}`")));
+    }
     let targets = method.targets_mut();
     if let Some(text) = &args.target_modules {
         targets.target_modules = Some(names(text));

@@ -161,7 +161,9 @@ fn classification(setup: &Setup) -> Result<(), Failure> {
     belongs(&tokenizer, pad, loaded.model.vocab(), &setup.model)?;
     for item in [Some(&train), Some(&valid), test.as_ref()].into_iter().flatten().flat_map(|i| &**i)
     {
-        loaded.model.check(&class_batch(std::slice::from_ref(item), &[0], pad).tokens)?;
+        loaded
+            .model
+            .check(&class_batch(std::slice::from_ref(item), &[0], pad).tokens, &Scope::plain())?;
     }
     // Whatever nobody trained before is trained now, and travels with the adapter.
     let fresh = |name: &String| name.rsplit_once('.').map(|(place, _)| place.to_owned());
@@ -248,7 +250,9 @@ fn causal(setup: &Setup) -> Result<(), Failure> {
             report.dropped
         ));
         for item in 0..items.len() {
-            loaded.model.check(&causal_batch(&items, &[&[item]], tokenizer.pad).tokens)?;
+            loaded
+                .model
+                .check(&causal_batch(&items, &[&[item]], tokenizer.pad).tokens, &Scope::plain())?;
         }
         Ok(items)
     };
@@ -335,6 +339,14 @@ struct Made {
     save: Box<Save>,
 }
 
+/// Tells a method the tokens of the text that it begins with, if it does.
+fn tokenized<T: Method>(method: T, model: &Path) -> Result<T, Failure> {
+    let Some((text, named)) = method.text() else { return Ok(method) };
+    let folder = named.map_or_else(|| model.to_owned(), PathBuf::from);
+    let ids = TextTokenizer::load(&folder)?.encode_whole(&[text], true)?.concat();
+    Ok(method.tokenized(&ids, &folder.display().to_string()))
+}
+
 /// Makes adapters for the places of a model; `steps` is how many the training will have.
 struct Make<'a> {
     setup: &'a Setup,
@@ -350,6 +362,7 @@ impl Job for Make<'_> {
     fn run<T: Method>(self) -> Self::Output {
         let Self { setup, saved, sites, steps, sample } = self;
         let method: T = configure(&setup.args, &setup.fields, saved)?;
+        let method = tokenized(method, &setup.model)?;
         let method = survey(method.planned(steps), sites, sample)?;
         let adapters = adapt(sites, &method, setup.options.seed, &setup.device.clone().autodiff())?;
         let guide = Guide::of(&method, &adapters)?;
@@ -388,6 +401,11 @@ fn finish<B: Objective + Pretrained>(setup: &Setup, prepared: Prepared<B>) -> Re
     let made = with_method(name, Make { setup, saved, sites, steps, sample })??;
     let Made { name, faster, summary, adapters, guide, save } = made;
     tell(summary.to_string().trim_end());
+    let evaluated_on = [Some(&prepared.valid), prepared.test.as_ref()].into_iter().flatten();
+    let batches = evaluated_on.flat_map(|feed| feed.batches().map(|(_, batch)| batch));
+    for batch in batches.chain(prepared.train.longest()) {
+        Objective::check(&*base, &batch, &Scope::new(&adapters))?;
+    }
     let before = match (&prepared.test, setup.args.resume) {
         (Some(test), false) => {
             let report = evaluated(&*base, test, device, &Scope::new(&adapters.valid()));

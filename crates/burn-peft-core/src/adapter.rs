@@ -52,6 +52,36 @@ pub trait Adapter: Debug + Send + Sync {
         None
     }
 
+    /// `δ` of embedded tokens by where they stand: `positions [batch, seq]`, counted from 0 at the first token
+    /// of a row or document → `[batch, seq, dim]`.
+    fn positional(&self, positions: &Tensor<2, Int>) -> Option<Tensor<3>> {
+        None
+    }
+
+    /// Virtual tokens in front of the embedded ones `x [batch, seq, dim]`: `[1, n, dim]` for every row, or
+    /// `[batch, n, dim]`.
+    fn prompt(&self, x: &Tensor<3>) -> Option<Tensor<3>> {
+        None
+    }
+
+    /// Keys and values in front of those of an attention that reads `x [batch, seq, hidden]`: each
+    /// `[1, n, width]` for every row, or `[batch, n, width]`, laid out as the attention's own projection
+    /// gives them, before heads are split.
+    fn prefix(&self, x: &Tensor<3>) -> Option<[Tensor<3>; 2]> {
+        None
+    }
+
+    /// How many tokens, or keys and values, [`Adapter::prompt`] or [`Adapter::prefix`] set in front.
+    fn virtual_tokens(&self) -> usize {
+        0
+    }
+
+    /// `δ` of what an attention mixes, before its output layer: queries `q [batch, heads, seq, d]` with their
+    /// positions, and its own layers for keys and values → `[batch, seq, heads · d]`.
+    fn attention(&self, q: &Tensor<4>, key: &Linear, value: &Linear) -> Option<Tensor<3>> {
+        None
+    }
+
     /// What takes the place of a norm's `(scale, shift)`, each `[dim]`, where this adapter trains them.
     fn norm(&self) -> (Option<Tensor<1>>, Option<Tensor<1>>) {
         (None, None)

@@ -193,7 +193,7 @@ impl<A: Module + ModuleDisplay> Adapters<A> {
 /// model is only read.
 ///
 /// # Errors
-/// What [`Method::check`], [`Targets::select`](crate::Targets::select) or [`Method::init`] refuse.
+/// What [`Method::check`], [`Method::places`] or [`Method::init`] refuse.
 pub fn adapt<T: Method>(
     sites: &Sites,
     method: &T,
@@ -201,7 +201,7 @@ pub fn adapt<T: Method>(
     device: &Device,
 ) -> Result<Adapters<T::Adapter>, Error> {
     method.check()?;
-    let chosen = method.targets().select(sites, T::KINDS, Strictness::EachName)?;
+    let chosen = method.places(sites, Strictness::EachName)?;
     let shared = method.share(&chosen, &mut site_rng(seed, ""), device)?;
     let mut layers = Vec::with_capacity(chosen.len());
     for site in &chosen {

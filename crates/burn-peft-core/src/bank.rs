@@ -64,20 +64,34 @@ impl<A: Module + ModuleDisplay + Adapter> Bank<A> {
         self.mix(&[(name, 1.0)])
     }
 
-    /// A weighted sum of effects: `y0 + Σ wᵢ·δᵢ`. Exact, whatever the ranks.
+    /// A weighted sum of effects: `y0 + Σ wᵢ·δᵢ`. Exact, whatever the ranks. What stands in front of a
+    /// sequence counts `wᵢ` times in every attention, and all of it stands there.
     ///
     /// # Errors
-    /// A name that the bank does not hold.
+    /// A name that the bank does not hold; a weight below 0 for what stands in front of a sequence.
     pub fn mix(&self, parts: &[(&str, f64)]) -> Result<Selection<'_, A>, Error> {
         let parts = parts.iter().filter(|(_, weight)| *weight != 0.0);
-        let parts = parts.map(|(name, weight)| Ok((self.get(name)?, Share::Scale(*weight))));
+        let parts = parts.map(|(name, weight)| {
+            let adapters = self.get(name)?;
+            match in_front(adapters).filter(|_| weight.is_nan() || *weight < 0.0) {
+                None => Ok((adapters, Share::Scale(*weight))),
+                Some(path) => {
+                    let reason = format!(
+                        "`{name}` stands in front of the sequence, where it may count 0 times or more; \
+                         found the weight {weight}"
+                    );
+                    Err(Error::place(path, reason))
+                }
+            }
+        });
         Ok(Selection { parts: parts.collect::<Result<_, Error>>()? })
     }
 
     /// One adapter a row of the batch, by name; [`BASE`] for none.
     ///
     /// # Errors
-    /// A name that the bank does not hold.
+    /// A name that the bank does not hold; adapters of some rows only that stand in front of sequences, whose
+    /// tokens would then have other positions than those of the rows beside them.
     pub fn rows(&self, names: &[&str], device: &Device) -> Result<Selection<'_, A>, Error> {
         let mut by_name: BTreeMap<&str, Vec<i32>> = BTreeMap::new();
         for (row, name) in names.iter().enumerate() {
@@ -94,6 +108,13 @@ impl<A: Module + ModuleDisplay + Adapter> Bank<A> {
                 return Ok((adapters, Share::Scale(1.0)));
             }
             let shape = [rows.len()];
+            if let Some(path) = in_front(adapters) {
+                let reason = format!(
+                    "`{name}` stands in front of the sequence, which all rows of a batch have in common; \
+                     give it to every row, or run rows with other adapters apart"
+                );
+                return Err(Error::place(path, reason));
+            }
             Ok((
                 adapters,
                 Share::Rows(Box::new(Tensor::from_data(TensorData::new(rows, shape), &device))),
@@ -101,6 +122,11 @@ impl<A: Module + ModuleDisplay + Adapter> Bank<A> {
         });
         Ok(Selection { parts: parts.collect::<Result<_, Error>>()? })
     }
+}
+
+/// The first place, if any, where something stands in front of the sequence.
+fn in_front<A: Module + ModuleDisplay + Adapter>(adapters: &Adapters<A>) -> Option<&str> {
+    adapters.iter().find(|(_, adapter)| adapter.virtual_tokens() > 0).map(|(path, _)| path)
 }
 
 #[derive(Debug, Clone)]

@@ -346,6 +346,26 @@ impl Adapter for AnyAdapter {
         self.0.hidden(at)
     }
 
+    fn positional(&self, positions: &Tensor<2, Int>) -> Option<Tensor<3>> {
+        self.0.positional(positions)
+    }
+
+    fn prompt(&self, x: &Tensor<3>) -> Option<Tensor<3>> {
+        self.0.prompt(x)
+    }
+
+    fn prefix(&self, x: &Tensor<3>) -> Option<[Tensor<3>; 2]> {
+        self.0.prefix(x)
+    }
+
+    fn virtual_tokens(&self) -> usize {
+        self.0.virtual_tokens()
+    }
+
+    fn attention(&self, q: &Tensor<4>, key: &Linear, value: &Linear) -> Option<Tensor<3>> {
+        self.0.attention(q, key, value)
+    }
+
     fn norm(&self) -> (Option<Tensor<1>>, Option<Tensor<1>>) {
         self.0.norm()
     }

@@ -14,10 +14,6 @@ use std::path::{Path, PathBuf};
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// Name of the tensors in an adapter's folder.
 pub const TENSORS_FILE: &str = "adapter_model.safetensors";
-/// What stands before every path of the base model in an adapter's file.
-const PREFIX: &str = "base_model.model";
-/// What stands before the names of what all places share.
-const SHARED_PREFIX: &str = "base_model";
 
 /// What stands in `adapter_config.json`: the method and where it belongs.
 #[derive(Debug, Clone)]
@@ -180,25 +176,26 @@ pub fn save_with<T: Method>(
 ) -> Result<(), Error> {
     let config = AdapterConfig { method: config.method.portable(), ..config.clone() };
     let mut tensors: Vec<(String, TensorData)> = Vec::new();
+    let [shared, places] = T::PREFIXES;
     let all: Vec<&T::Adapter> = adapters.iter().map(|(_, adapter)| adapter).collect();
     for (suffix, data) in config.method.shared_tensors(&all) {
-        tensors.push((format!("{SHARED_PREFIX}.{suffix}"), data));
+        tensors.push((dotted(shared, &suffix), data));
     }
     for (path, adapter) in adapters.iter() {
         let site = site(sites, path)?;
         for (suffix, data) in config.method.tensors(site, adapter) {
-            tensors.push((format!("{PREFIX}.{path}.{suffix}"), data));
+            tensors.push((format!("{places}.{path}.{suffix}"), data));
         }
     }
     for (path, copy) in adapters.copies() {
         let site = site(sites, path)?;
-        let bias = bias_name(path, adapters.get(path).is_some(), copy_is_whole(copy));
+        let bias = bias_name(places, path, adapters.get(path).is_some(), copy_is_whole(copy));
         if let Some(weight) = &copy.weight {
-            let name = format!("{PREFIX}.{path}.weight");
+            let name = format!("{places}.{path}.weight");
             tensors.push((name, weight_data(site, weight.val())));
         }
         if let Some(scale) = &copy.scale {
-            tensors.push((format!("{PREFIX}.{path}.weight"), scale.val().into_data()));
+            tensors.push((format!("{places}.{path}.weight"), scale.val().into_data()));
         }
         if let Some(value) = &copy.bias {
             tensors.push((bias, value.val().into_data()));
@@ -220,9 +217,14 @@ fn copy_is_whole(copy: &TrainedCopy) -> bool {
 }
 
 /// HF PEFT wraps an adapted layer, so the bias of one stands under `base_layer`.
-fn bias_name(path: &str, adapted: bool, whole: bool) -> String {
+fn bias_name(places: &str, path: &str, adapted: bool, whole: bool) -> String {
     let wrapper = if adapted && !whole { ".base_layer" } else { "" };
-    format!("{PREFIX}.{path}{wrapper}.bias")
+    format!("{places}.{path}{wrapper}.bias")
+}
+
+/// A name with what stands before it, if anything does.
+fn dotted(prefix: &str, name: &str) -> String {
+    if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") }
 }
 
 /// A copied weight in PyTorch's layout: linear `[out, in]`, embedding as it is, convolutions as they are.
@@ -230,7 +232,10 @@ fn weight_data(site: &Site, weight: Tensor<2>) -> TensorData {
     let shape = site.weight.shape();
     match site.kind {
         crate::Kind::Linear => weight.transpose().into_data(),
-        crate::Kind::Embedding | crate::Kind::Norm | crate::Kind::Hidden => weight.into_data(),
+        crate::Kind::Embedding
+        | crate::Kind::Norm
+        | crate::Kind::Hidden
+        | crate::Kind::Attention => weight.into_data(),
         crate::Kind::Conv1d | crate::Kind::Conv2d => {
             let (bytes, _, dtype) = weight.transpose().into_data().into_parts();
             TensorData::from_bytes(bytes, shape, dtype)
@@ -240,7 +245,7 @@ fn weight_data(site: &Site, weight: Tensor<2>) -> TensorData {
 
 fn site<'s>(sites: &'s Sites, path: &str) -> Result<&'s Site, Error> {
     sites.get(path).ok_or_else(|| {
-        Error::no_match("adapter", path, "layer", sites.all.iter().map(|s| s.path.as_str()))
+        Error::no_match("adapter", path, "layer", sites.places().map(|s| s.path.as_str()))
     })
 }
 
@@ -258,23 +263,24 @@ pub fn load<T: Method>(
     let path = folder.join(TENSORS_FILE);
     let mut file = TensorFile::open(&path)?;
     let method = &config.method;
-    let chosen = method.targets().select(sites, T::KINDS, Strictness::Any)?;
+    let chosen = method.places(sites, Strictness::Any)?;
     let adapted: Vec<&str> = chosen.iter().map(|site| site.path.as_str()).collect();
-    let mut place = PlaceTensors::new(&mut file, SHARED_PREFIX);
+    let [shared, places] = T::PREFIXES;
+    let mut place = PlaceTensors::new(&mut file, shared);
     let shared = method.restore_shared(&chosen, &mut place, device)?;
     let mut layers = Vec::with_capacity(chosen.len());
     for site in &chosen {
-        let mut place = PlaceTensors::new(&mut file, format!("{PREFIX}.{}", site.path));
+        let mut place = PlaceTensors::new(&mut file, format!("{places}.{}", site.path));
         layers.push((site.path.clone(), method.restore(site, &shared, &mut place, device)?));
     }
     for site in &chosen {
-        drop_base_weight(site, &mut file)?;
+        drop_base_weight(places, site, &mut file)?;
     }
     let mut copied = Vec::new();
     for (path, part) in copies(sites, method, &adapted, Strictness::Any)? {
         let site = site(sites, path)?;
         let adapted = adapted.contains(&path);
-        if let Some(copy) = restore_copy(site, part, adapted, &mut file, device)? {
+        if let Some(copy) = restore_copy(places, site, part, adapted, &mut file, device)? {
             copied.push((path.to_owned(), copy));
         }
     }
@@ -304,8 +310,8 @@ impl ModuleMapper for LaidOut {
 }
 
 /// HF PEFT writes the weight of an adapted embedding along; here it stays with the base model.
-fn drop_base_weight(site: &Site, file: &mut TensorFile) -> Result<(), Error> {
-    let name = format!("{PREFIX}.{}.base_layer.weight", site.path);
+fn drop_base_weight(places: &str, site: &Site, file: &mut TensorFile) -> Result<(), Error> {
+    let name = format!("{places}.{}.base_layer.weight", site.path);
     let (true, Some(own)) = (file.has(&name), site.matrix()) else {
         return Ok(());
     };
@@ -322,6 +328,7 @@ fn drop_base_weight(site: &Site, file: &mut TensorFile) -> Result<(), Error> {
 }
 
 fn restore_copy(
+    places: &str,
     site: &Site,
     part: Part,
     adapted: bool,
@@ -331,7 +338,7 @@ fn restore_copy(
     let path = &site.path;
     let mut copy = TrainedCopy { weight: None, scale: None, bias: None };
     if part == Part::Whole {
-        let name = format!("{PREFIX}.{path}.weight");
+        let name = format!("{places}.{path}.weight");
         let (fan_in, fan_out) = (site.fan_in(), site.fan_out());
         match site.weight.shape().as_slice() {
             [dim] => copy.scale = Some(Param::from_tensor(file.take(&name, [*dim], device)?)),
@@ -355,7 +362,7 @@ fn restore_copy(
         }
     }
     if site.bias.is_some() {
-        let name = bias_name(path, adapted, part == Part::Whole);
+        let name = bias_name(places, path, adapted, part == Part::Whole);
         copy.bias = Some(Param::from_tensor(file.take(&name, [site.fan_out()], device)?));
     }
     Ok((copy.num_params() > 0).then_some(copy))

@@ -52,7 +52,7 @@ pub use method::{Biases, Method, site_rng};
 pub use policy::{Guide, Policy};
 pub use product::Product;
 pub use riemannian::ridge_inverse;
-pub use scope::{Laid, Overlay, Scope, Strength};
+pub use scope::{Front, HIDDEN, Laid, Overlay, Scope, Strength};
 pub use site::{Kind, Site, Sites, Value, as_matrix, from_matrix, hf_component, hf_path};
 pub use summary::{Summary, grouped};
 pub use survey::{Counted, Finding, Moments, Passes, Statistic, survey};

@@ -1,8 +1,8 @@
 //! What was asked for: plain data in HF PEFT's words, which checks itself and builds adapters.
 
 use crate::{
-    Adapter, Adapters, Error, Finding, Fold, Kind, PlaceTensors, Policy, Product, Site, Statistic,
-    Targets,
+    Adapter, Adapters, Error, Finding, Fold, Kind, PlaceTensors, Policy, Product, Site, Sites,
+    Statistic, Strictness, Targets,
 };
 use burn::module::{Module, ModuleDisplay};
 use burn::tensor::{Device, Tensor, TensorData};
@@ -50,6 +50,9 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// Whether its files are HF PEFT's; a method that HF PEFT does not have writes the same layout.
     const HF_FORMAT: bool = true;
 
+    /// What stands in its file before the names of what all places share, and before the paths of places.
+    const PREFIXES: [&'static str; 2] = ["base_model", "base_model.model"];
+
     /// Names of the parameters that begin at zero and bring the method's effect to life: LoRA+
     /// (arXiv 2402.12354) makes them learn faster.
     const FASTER: &'static [&'static str] = &[];
@@ -63,6 +66,15 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
 
     /// Where it goes, to be changed.
     fn targets_mut(&mut self) -> &mut Targets;
+
+    /// The places that it goes to, in the model's order: those that its [targets](Method::targets)
+    /// name, unless a method has but one place to go.
+    ///
+    /// # Errors
+    /// As [`Targets::select`]; or a model without the place that it needs.
+    fn places<'s>(&self, sites: &'s Sites, strictness: Strictness) -> Result<Vec<&'s Site>, Error> {
+        self.targets().select(sites, Self::KINDS, strictness)
+    }
 
     /// Which biases are trained beside it.
     fn biases(&self) -> Biases {
@@ -123,6 +135,18 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     fn surveyed(self, sites: &[&Site]) -> Result<Self, Error> {
         let _ = sites;
         Ok(self)
+    }
+
+    /// A text of which it must know the tokens before adapters can be built, and the folder of the tokenizer
+    /// where it names one, which is the model's if not.
+    fn text(&self) -> Option<(&str, Option<&str>)> {
+        None
+    }
+
+    /// Told the tokens of [`Method::text`], by the tokenizer in the folder `tokenizer`.
+    fn tokenized(self, ids: &[u32], tokenizer: &str) -> Self {
+        let _ = (ids, tokenizer);
+        self
     }
 
     /// What all of `sites`, the adapted places, share. `rng` depends on the seed alone.

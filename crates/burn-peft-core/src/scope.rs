@@ -12,7 +12,8 @@ use burn_peft_kernels as kernels;
 pub enum Strength<'a> {
     /// `y0 + w·δ` for the whole batch.
     Scale(f64),
-    /// `y0 + δ` for these rows of the batch only: indices `[n]` into its first axis.
+    /// `y0 + δ` for these rows of the batch only: indices `[n]` into its first axis. What stands in front of a
+    /// sequence knows no rows, and [`Bank::rows`](crate::Bank::rows) refuses it.
     Rows(&'a Tensor<1, Int>),
 }
 
@@ -71,6 +72,20 @@ tuple!(A);
 tuple!(A, B);
 tuple!(A, B, C);
 tuple!(A, B, C, D);
+
+/// What is added to the score of a pair that must not see each other: finite, so that a row of padding
+/// stays a number.
+pub const HIDDEN: f32 = -1e9;
+
+/// Tokens (`N = 1`), or keys and values (`N = 2`), that stand in front of a sequence.
+#[derive(Debug, Clone)]
+pub struct Front<const N: usize> {
+    /// Each `[batch, n, width]`.
+    pub parts: [Tensor<3>; N],
+    /// What is added to the scores of each of the `n`, so that it counts as often as its strength says: its
+    /// logarithm, 0 for the usual strength of 1, [`HIDDEN`] for none.
+    pub scores: Vec<f32>,
+}
 
 /// Where a forward pass is, and what lies over the model; handed down the forward by argument.
 ///
@@ -185,6 +200,71 @@ impl<'a> Scope<'a> {
         at.tokens = self.tokens.clone();
         let y0 = at.y.clone();
         sum(laid, &at, y0, |a, at, _| a.hidden(at))
+    }
+
+    /// How many virtual tokens, or keys and values, stand in front here.
+    pub fn virtual_tokens(&self) -> usize {
+        self.laid().iter().map(|laid| laid.adapter.virtual_tokens()).sum()
+    }
+
+    /// Embedded tokens `x [batch, seq, dim]` with what lies over them by their positions, which are made when
+    /// something does.
+    pub fn positional(
+        &self,
+        x: Tensor<3>,
+        positions: impl FnOnce() -> Tensor<2, Int>,
+    ) -> Tensor<3> {
+        let laid = self.laid();
+        if laid.is_empty() {
+            return x;
+        }
+        sum(laid, &positions(), x, |a, positions, _| a.positional(positions))
+    }
+
+    /// What stands in front of the embedded tokens `x [batch, seq, dim]`: `[batch, n, dim]`.
+    pub fn prompt(&self, x: &Tensor<3>) -> Option<Front<1>> {
+        self.front(x, |adapter| adapter.prompt(x).map(|tokens| [tokens]))
+    }
+
+    /// What stands in front of the keys and values of an attention that reads `x [batch, seq, hidden]`:
+    /// each `[batch, n, width]`.
+    pub fn prefix(&self, x: &Tensor<3>) -> Option<Front<2>> {
+        self.front(x, |adapter| adapter.prefix(x))
+    }
+
+    fn front<const N: usize>(
+        &self,
+        x: &Tensor<3>,
+        of: impl Fn(&dyn Adapter) -> Option<[Tensor<3>; N]>,
+    ) -> Option<Front<N>> {
+        let [batch, _, _] = x.dims();
+        let mut parts: [Vec<Tensor<3>>; N] = std::array::from_fn(|_| Vec::new());
+        let mut scores = Vec::new();
+        for Laid { adapter, strength } in self.laid() {
+            let Some(found) = of(adapter) else { continue };
+            // Rows of their own have no meaning here, and `Bank::rows` refuses them.
+            let weight = if let Strength::Scale(w) = strength { w } else { 1.0 };
+            let [_, n, _] = found[0].dims();
+            scores.extend(std::iter::repeat_n((weight.ln() as f32).max(HIDDEN), n));
+            for (part, tensor) in parts.iter_mut().zip(found) {
+                let [_, n, width] = tensor.dims();
+                part.push(tensor.expand([batch, n, width]).cast(x.dtype()));
+            }
+        }
+        (!scores.is_empty())
+            .then(|| Front { parts: parts.map(|part| Tensor::cat(part, 1)), scores })
+    }
+
+    /// What an attention mixes, `y [batch, seq, heads · d]`, with what lies over it; see
+    /// [`Adapter::attention`].
+    pub fn attention(
+        &self,
+        q: &Tensor<4>,
+        key: &Linear,
+        value: &Linear,
+        y: Tensor<3>,
+    ) -> Tensor<3> {
+        sum(self.laid(), q, y, |a, q, _| a.attention(q, key, value))
     }
 
     /// A layer norm with what lies over it, `[.., dim]`. `epsilon` is the one that `layer` was made with:

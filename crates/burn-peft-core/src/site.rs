@@ -21,6 +21,9 @@ pub enum Kind {
     /// What a sublayer or a block gives on, `[batch, seq, hidden]`: no layer, and no weight but zeros
     /// `[hidden]` that say how wide it is.
     Hidden,
+    /// Queries that read keys and values; it has no parameters beside those of its layers. The weight is
+    /// its key layer's: `[hidden, width of keys and values]`.
+    Attention,
 }
 
 /// A parameter of any rank; a handle, so that cloning it copies nothing.
@@ -162,8 +165,10 @@ pub fn hf_path<S: AsRef<str>>(components: &[S]) -> String {
 /// All places of a model, in the order in which it declares them.
 #[derive(Debug, Clone, Default)]
 pub struct Sites {
-    /// The places.
+    /// The places with parameters of their own.
     pub all: Vec<Site>,
+    /// The places without: attentions.
+    pub between: Vec<Site>,
     /// Path of the layer that makes the model's output; "all-linear" leaves it out, as HF PEFT does.
     pub output: Option<String>,
     /// Parameters of the whole model, trained or not.
@@ -179,6 +184,7 @@ impl Sites {
         let device = weights.map(Value::device);
         let mut sites = Self {
             all: Vec::new(),
+            between: Vec::new(),
             output: output.map(str::to_owned),
             parameters: model.num_params(),
         };
@@ -196,12 +202,24 @@ impl Sites {
             };
             sites.all.push(Site { path, kind, weight, bias: found.bias });
         }
+        for path in finder.attentions {
+            // By the name of the layer that makes the keys, in the checkpoints of today's models.
+            let key = KEYS.iter().find_map(|name| sites.get(&format!("{path}.{name}")));
+            if let Some(weight) = key.map(|key| key.weight.clone()) {
+                sites.between.push(Site { path, kind: Kind::Attention, weight, bias: None });
+            }
+        }
         sites
     }
 
     /// The place at `path`.
     pub fn get(&self, path: &str) -> Option<&Site> {
-        self.all.iter().find(|site| site.path == path)
+        self.places().find(|site| site.path == path)
+    }
+
+    /// Every place, those with parameters first.
+    pub fn places(&self) -> impl Iterator<Item = &Site> {
+        self.all.iter().chain(&self.between)
     }
 }
 
@@ -214,10 +232,14 @@ struct Found {
     bias: Option<Tensor<1>>,
 }
 
+/// Names of an attention's layer for keys.
+const KEYS: &[&str] = &["key", "k_proj"];
+
 #[derive(Default)]
 struct Finder {
     stack: Vec<(String, String)>,
     order: Vec<String>,
+    attentions: Vec<String>,
     found: BTreeMap<String, Found>,
 }
 
@@ -241,6 +263,13 @@ impl ModuleVisitor for Finder {
             let path = hf_path(&names);
             self.found.entry(path.clone()).or_default().hidden = name.parse().ok();
             self.order.push(path);
+        }
+        if container_type.ends_with("Attention") {
+            let names: Vec<&str> = self.stack.iter().map(|(name, _)| name.as_str()).collect();
+            let path = hf_path(&names);
+            if !self.attentions.contains(&path) {
+                self.attentions.push(path);
+            }
         }
         self.stack.push((name.to_owned(), container_type.to_owned()));
     }

@@ -112,14 +112,14 @@ const HELD: usize = 1 << 27;
 /// Every batch is run once for each group of places whose statistics fit into memory together.
 ///
 /// # Errors
-/// What [`Method::check`], [`Targets::select`](crate::Targets::select), [`Method::learn`] or
+/// What [`Method::check`], [`Method::places`], [`Method::learn`] or
 /// [`Method::surveyed`] refuse; no batches; a place that no batch reached, or whose numbers are not finite.
 pub fn survey<T: Method>(mut method: T, sites: &Sites, passes: &dyn Passes) -> Result<T, Error> {
     let Some(statistic) = method.wants() else {
         return Ok(method);
     };
     method.check()?;
-    let chosen = method.targets().select(sites, T::KINDS, Strictness::EachName)?;
+    let chosen = method.places(sites, Strictness::EachName)?;
     if passes.batches() == 0 {
         return Err(Error::config("init_batches", "expected 1 or more batches of data, found 0"));
     }

@@ -217,13 +217,16 @@ pub struct PlaceTensors<'f> {
 }
 
 impl<'f> PlaceTensors<'f> {
-    /// Those whose names begin with `prefix` and a dot.
+    /// Those whose names begin with `prefix` and a dot; all, if it is empty.
     pub fn new(file: &'f mut TensorFile, prefix: impl Into<String>) -> Self {
         Self { file, prefix: prefix.into() }
     }
 
     fn name(&self, suffix: &str) -> String {
-        format!("{}.{suffix}", self.prefix)
+        match self.prefix.as_str() {
+            "" => suffix.to_owned(),
+            prefix => format!("{prefix}.{suffix}"),
+        }
     }
 
     /// Whether the place has a tensor of that name.

@@ -15,7 +15,7 @@ fn site(path: &str, kind: Kind) -> Site {
 
 fn linears(paths: &[String], output: Option<&str>) -> Sites {
     let all = paths.iter().map(|path| site(path, Kind::Linear)).collect();
-    Sites { all, output: output.map(str::to_owned), parameters: 0 }
+    Sites { all, output: output.map(str::to_owned), ..Sites::default() }
 }
 
 #[derive(Deserialize)]

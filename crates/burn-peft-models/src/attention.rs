@@ -1,10 +1,7 @@
 //! Heads and masks of attention.
 
 use burn::tensor::{Device, Tensor, TensorData};
-
-/// What is added to the score of a pair that must not see each other: finite, so that a row of
-/// padding stays a number.
-const HIDDEN: f32 = -1e9;
+use burn_peft_core::{Front, HIDDEN};
 
 /// `[batch, seq, heads · d]` → `[batch, heads, seq, d]`.
 pub(crate) fn split_heads(x: Tensor<3>, heads: usize) -> Tensor<4> {
@@ -12,47 +9,84 @@ pub(crate) fn split_heads(x: Tensor<3>, heads: usize) -> Tensor<4> {
     x.reshape([batch, seq, heads, width / heads]).swap_dims(1, 2)
 }
 
-/// Hides padding from everyone: `[batch, 1, 1, seq]`; `None` where there is no padding.
+/// Keys, values and mask with what stands in front of them: `k`, `v [batch, groups, total, d]`,
+/// `mask [batch or 1, 1, rows or 1, total]`.
+pub(crate) fn behind(
+    prefix: &Front<2>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    mask: Option<Tensor<4>>,
+) -> (Tensor<4>, Tensor<4>, Option<Tensor<4>>) {
+    let ([_, groups, total, _], n, device) = (k.dims(), prefix.scores.len(), k.device().inner());
+    let mask = match mask {
+        None if prefix.scores.iter().all(|score| *score == 0.0) => None,
+        mask => {
+            let mask = mask.unwrap_or_else(|| Tensor::zeros([1, 1, 1, total], &device));
+            let [batch, _, rows, _] = mask.dims();
+            let scores = TensorData::new(prefix.scores.clone(), [1, 1, 1, n]);
+            let front = Tensor::<4>::from_data(scores, &device).expand([batch, 1, rows, n]);
+            Some(Tensor::cat(vec![front, mask], 3))
+        }
+    };
+    let [keys, values] = prefix.parts.clone().map(|part| split_heads(part, groups));
+    (Tensor::cat(vec![keys, k], 2), Tensor::cat(vec![values, v], 2), mask)
+}
+
+/// What is added to the score of a token or of padding.
+pub(crate) fn score(kept: i32) -> f32 {
+    if kept == 0 { HIDDEN } else { 0.0 }
+}
+
+/// Hides padding from everyone: `[batch, 1, 1, n + seq]`; `None` where there is none. `front` are the
+/// scores of the `n` virtual tokens in front of each row.
 pub(crate) fn padding_mask(
     mask: &[i32],
+    front: &[f32],
     [batch, seq]: [usize; 2],
     device: &Device,
 ) -> Option<Tensor<4>> {
-    if mask.iter().all(|&kept| kept != 0) {
+    let row = |mask: &[i32]| {
+        let own = mask.iter().map(|&kept| score(kept));
+        front.iter().copied().chain(own).collect::<Vec<f32>>()
+    };
+    let values = mask.chunks(seq).flat_map(row).collect::<Vec<f32>>();
+    if values.iter().all(|score| *score == 0.0) {
         return None;
     }
-    let values: Vec<f32> = mask.iter().map(|&kept| if kept == 0 { HIDDEN } else { 0.0 }).collect();
-    Some(Tensor::from_data(TensorData::new(values, [batch, 1, 1, seq]), device))
+    Some(Tensor::from_data(TensorData::new(values, [batch, 1, 1, front.len() + seq]), device))
 }
 
-/// Hides the future, padding, and other documents: `[batch or 1, 1, seq, total]`, where the last
-/// `seq` of the `total` columns are the rows themselves.
+/// Hides the future, padding, and other documents: `[batch or 1, 1, rows, total]`, where the last
+/// `rows` of the `total` columns are the rows themselves.
 ///
-/// `kept [batch][total]` is 0 for padding; `segments [batch · seq]` only without a past.
+/// `scores [batch][total]` is what is added for each column: 0, or [`HIDDEN`] for padding; `segments`
+/// only without a past: those of the last columns of each row of the batch. What stands in front of them,
+/// virtual tokens, is seen by all documents.
 pub(crate) fn causal_mask(
-    kept: &[Vec<i32>],
-    seq: usize,
+    scores: &[Vec<f32>],
+    rows: usize,
     segments: Option<&[i32]>,
     device: &Device,
 ) -> Option<Tensor<4>> {
-    let total = kept.first().map_or(0, Vec::len);
-    let past = total - seq;
-    let uniform = segments.is_none() && kept.iter().flatten().all(|&kept| kept != 0);
-    if uniform && seq == 1 {
+    let total = scores.first().map_or(0, Vec::len);
+    let past = total - rows;
+    let uniform = segments.is_none() && scores.iter().flatten().all(|score| *score == 0.0);
+    if uniform && rows == 1 {
         return None;
     }
-    let rows = if uniform { &kept[..1] } else { kept };
-    let mut values = Vec::with_capacity(rows.len() * seq * total);
-    for (row, kept) in rows.iter().enumerate() {
-        let document = |column: usize| segments.map(|s| s[row * seq + column - past]);
-        for i in 0..seq {
-            for (j, &kept) in kept.iter().enumerate() {
-                let sees =
-                    j <= past + i && kept != 0 && (j < past || document(j) == document(past + i));
-                values.push(if sees { 0.0_f32 } else { HIDDEN });
+    let own = segments.map_or(0, |segments| segments.len() / scores.len().max(1));
+    let front = total - own;
+    let batch = if uniform { &scores[..1] } else { scores };
+    let mut values = Vec::with_capacity(batch.len() * rows * total);
+    for (row, scores) in batch.iter().enumerate() {
+        let document = |column: usize| segments.map(|s| s[row * own + column - front]);
+        for i in 0..rows {
+            for (j, &score) in scores.iter().enumerate() {
+                let sees = j <= past + i && (j < front || document(j) == document(past + i));
+                values.push(if sees { score } else { HIDDEN });
             }
         }
     }
-    let shape = [rows.len(), 1, seq, total];
+    let shape = [batch.len(), 1, rows, total];
     Some(Tensor::from_data(TensorData::new(values, shape), device))
 }

@@ -3,13 +3,13 @@
 #![allow(non_snake_case)]
 
 use crate::Tokens;
-use crate::attention::{padding_mask, split_heads};
+use crate::attention::{behind, padding_mask, split_heads};
 use crate::load::{Pretrained, linear, plausible, table};
 use burn::module::Module;
 use burn::nn::{Embedding, LayerNorm, LayerNormConfig, Linear};
 use burn::tensor::activation::{gelu_approximate, relu};
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_peft_core::{Error, Hidden, HiddenPlace, Scope};
+use burn_peft_core::{Error, Front, Hidden, HiddenPlace, Scope};
 use burn_peft_kernels::{attention, gelu};
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -253,7 +253,12 @@ impl BertLayer {
         let k = at.at("key").linear(&own.key, x.clone());
         let v = at.at("value").linear(&own.value, x.clone());
         let [q, k, v] = [q, k, v].map(|part| split_heads(part, own.heads)); // [b, n, s, d]
-        let mixed = attention(q, k, v, mask);
+        let (k, v, mask) = match at.prefix(&x) {
+            Some(prefix) => behind(&prefix, k, v, mask),
+            None => (k, v, mask),
+        };
+        let mixed = attention(q.clone(), k, v, mask);
+        let mixed = at.attention(&q, &own.key, &own.value, mixed);
         let h = self.attention.output.forward(mixed, x.clone(), &cx.at("attention.output"));
         let wide = cx.at("intermediate.dense").linear(&self.intermediate.dense, h.clone());
         let y = self.output.forward(self.activation.apply(wide), h, &cx.at("output"));
@@ -304,24 +309,44 @@ impl BertModel {
         self.embeddings.word_embeddings.weight.device()
     }
 
-    /// Hidden states of the last block, `[batch, seq, hidden]`.
+    /// Keys and values in front of the first block's, by which all positions move, as in `transformers`.
+    fn prefix(cx: &Scope<'_>) -> usize {
+        cx.at("encoder").block("layer", 0).at("attention.self").virtual_tokens()
+    }
+
+    /// Positions that are taken by what stands in front of a sequence.
+    fn virtual_tokens(cx: &Scope<'_>) -> usize {
+        cx.at("embeddings.word_embeddings").virtual_tokens() + Self::prefix(cx)
+    }
+
+    /// Hidden states of the last block, `[batch, n + seq, hidden]`, where the first `n` are those of virtual
+    /// tokens that a prompt sets in front.
     pub fn forward(&self, tokens: &Tokens, cx: &Scope<'_>) -> Tensor<3> {
         let device = self.device();
-        let cx = &cx.reading(tokens.seen(0, &device));
         let (parts, at) = (&self.embeddings, cx.at("embeddings"));
-        let positions = tokens.positions(0);
-        let zeros = || vec![0; tokens.ids.len()];
-        let types = tokens.type_ids.clone().unwrap_or_else(zeros);
         let ids = |values: &[i32]| tokens.tensor(values, &device);
-        let words = at.at("word_embeddings").embedding(&parts.word_embeddings, ids(&tokens.ids));
+        let words = at.at("word_embeddings");
+        let mut embedded = words.embedding(&parts.word_embeddings, ids(&tokens.ids));
+        embedded = words.positional(embedded, || ids(&tokens.positions(0..0, 0, 0)));
+        let mut front = Vec::new();
+        if let Some(Front { parts: [prompt], scores }) = words.prompt(&embedded) {
+            embedded = Tensor::cat(vec![prompt, embedded], 1);
+            front = scores;
+        }
+        let (n, first) = (front.len(), Self::prefix(cx));
+        let positions = tokens.positions(first..first + n, first + n, first + n);
+        let zeros = || vec![0; tokens.ids.len()];
+        let types = tokens.behind(n, 0, &tokens.type_ids.clone().unwrap_or_else(zeros));
         let types =
             at.at("token_type_embeddings").embedding(&parts.token_type_embeddings, ids(&types));
         let places =
             at.at("position_embeddings").embedding(&parts.position_embeddings, ids(&positions));
-        let sum = words + types + places;
+        let sum = embedded + types + places;
+        let cx = &cx.reading(tokens.seen(n, 0, &device));
+        let at = cx.at("embeddings");
         let y = at.at("LayerNorm").layer_norm(&parts.LayerNorm, parts.epsilon, sum.clone());
         let mut x = at.hidden(Hidden::block(sum, y));
-        let mask = padding_mask(&tokens.mask, [tokens.batch, tokens.seq], &device);
+        let mask = padding_mask(&tokens.mask, &front, [tokens.batch, tokens.seq], &device);
         let at = cx.at("encoder");
         for (index, layer) in self.encoder.layer.iter().enumerate() {
             x = layer.forward(x, mask.clone(), &at.block("layer", index));
@@ -329,7 +354,8 @@ impl BertModel {
         x
     }
 
-    /// `tanh` of a projection of the first token, `[batch, hidden]`.
+    /// `tanh` of a projection of the first token, `[batch, hidden]`: of the first virtual one where a prompt
+    /// stands in front, as HF PEFT has it.
     pub fn pooled(&self, hidden: Tensor<3>, cx: &Scope<'_>) -> Tensor<2> {
         let [batch, _, width] = hidden.dims();
         let first = hidden.slice([0..batch, 0..1]).reshape([batch, width]);
@@ -339,8 +365,10 @@ impl BertModel {
     /// Sentence embeddings `[batch, hidden]`: the mean over all tokens that are no padding, with
     /// length 1, as the sentence-transformers models built on BERT make them.
     pub fn embed(&self, tokens: &Tokens, cx: &Scope<'_>) -> Tensor<2> {
-        let hidden = self.forward(tokens, cx); // [b, s, h]
-        let [batch, seq, width] = hidden.dims();
+        let hidden = self.forward(tokens, cx); // [b, n + s, h]
+        let [batch, all, width] = hidden.dims();
+        let seq = tokens.seq;
+        let hidden = hidden.narrow(1, all - seq, seq);
         let kept: Vec<f32> = tokens.mask.iter().map(|&kept| kept as f32).collect();
         let kept = Tensor::<3>::from_data(TensorData::new(kept, [batch, seq, 1]), &self.device());
         let mean = (hidden * kept.clone()).sum_dim(1) / kept.sum_dim(1).clamp_min(1e-9);
@@ -366,12 +394,13 @@ impl BertForSequenceClassification {
         self.classifier.weight.shape().dims::<2>()[1]
     }
 
-    /// Refuses what a forward pass could not take; see [`Tokens::check`].
+    /// Refuses what a forward pass with what `cx` lays over it could not take; see [`Tokens::check`].
     ///
     /// # Errors
     /// As [`Tokens::check`].
-    pub fn check(&self, tokens: &Tokens) -> Result<(), Error> {
-        tokens.check(self.limits.vocab, self.limits.positions)?;
+    pub fn check(&self, tokens: &Tokens, cx: &Scope<'_>) -> Result<(), Error> {
+        let front = BertModel::virtual_tokens(&cx.at("bert"));
+        tokens.check(self.limits.vocab, self.limits.positions, front)?;
         let types = self.limits.types;
         match tokens.type_ids.iter().flatten().find(|&&id| id < 0 || id as usize >= types) {
             None => Ok(()),

@@ -100,11 +100,11 @@ pub fn generate(
 ) -> Result<Vec<u32>, Error> {
     sampling.check()?;
     let mut tokens = Tokens::row(prompt);
-    model.check(&tokens)?;
+    model.check(&tokens, cx)?;
     let mut rng = ChaCha8Rng::seed_from_u64(sampling.seed);
     let mut cache = KvCache::default();
     let mut new = Vec::new();
-    let room = model.max_positions() - prompt.len();
+    let room = model.max_positions() - prompt.len() - model.virtual_tokens(cx);
     while new.len() < sampling.max_new_tokens.min(room) {
         let hidden = model.hidden(&tokens, cx, Some(&mut cache)); // [1, s, h]
         let [_, seq, width] = hidden.dims();

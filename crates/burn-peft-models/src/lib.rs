@@ -6,13 +6,15 @@
 
 mod attention;
 mod bert;
+mod cache;
 mod generate;
 mod llama;
 mod load;
 mod tokens;
 
 pub use bert::{BertConfig, BertForSequenceClassification, BertModel};
+pub use cache::KvCache;
 pub use generate::{Sampling, generate};
-pub use llama::{KvCache, LlamaConfig, LlamaForCausalLM, LlamaModel, Rope};
+pub use llama::{LlamaConfig, LlamaForCausalLM, LlamaModel, Rope};
 pub use load::{Loaded, Precision, Pretrained, model_type, save_model, weight_files};
 pub use tokens::Tokens;

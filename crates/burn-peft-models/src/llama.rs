@@ -1,12 +1,13 @@
 //! The Llama family (arXiv 2302.13971), laid out as in `transformers`.
 
 use crate::Tokens;
-use crate::attention::{causal_mask, split_heads};
+use crate::attention::{behind, causal_mask, score, split_heads};
+use crate::cache::{Cached, KvCache};
 use crate::load::{Pretrained, linear, plausible, table};
 use burn::module::Module;
 use burn::nn::{Embedding, Linear, RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_peft_core::{Error, Hidden, HiddenPlace, Scope};
+use burn_peft_core::{Error, Front, Hidden, HiddenPlace, Scope};
 use burn_peft_kernels::{attention, rotate, silu_mul};
 use serde::Deserialize;
 
@@ -241,40 +242,6 @@ pub struct LlamaForCausalLM {
     limits: (usize, usize),
 }
 
-/// Keys and values of the tokens so far, so that generation reads each token once.
-#[derive(Debug, Clone, Default)]
-pub struct KvCache {
-    layers: Vec<(Tensor<4>, Tensor<4>)>,
-    kept: Vec<Vec<i32>>,
-}
-
-impl KvCache {
-    /// Tokens held, padding counted in.
-    pub fn len(&self) -> usize {
-        self.kept.first().map_or(0, Vec::len)
-    }
-
-    /// Whether nothing was read yet.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    fn extend(&mut self, layer: usize, k: Tensor<4>, v: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
-        let pair = match self.layers.get(layer) {
-            None => (k, v),
-            Some((old_k, old_v)) => {
-                (Tensor::cat(vec![old_k.clone(), k], 2), Tensor::cat(vec![old_v.clone(), v], 2))
-            }
-        };
-        if layer < self.layers.len() {
-            self.layers[layer] = pair.clone();
-        } else {
-            self.layers.push(pair.clone());
-        }
-        pair
-    }
-}
-
 impl LlamaLayer {
     fn forward(
         &self,
@@ -289,15 +256,20 @@ impl LlamaLayer {
         let (heads, groups) = own.heads;
         let q = at.at("q_proj").linear(&own.q_proj, norm.clone()); // [b, s, n·d]
         let k = at.at("k_proj").linear(&own.k_proj, norm.clone()); // [b, s, g·d]
-        let v = at.at("v_proj").linear(&own.v_proj, norm);
+        let v = at.at("v_proj").linear(&own.v_proj, norm.clone());
         let q = rotate(split_heads(q, heads), tables.0.clone(), tables.1.clone()); // [b, n, s, d]
         let k = rotate(split_heads(k, groups), tables.0.clone(), tables.1.clone());
         let v = split_heads(v, groups);
-        let (k, v) = match cache {
-            Some((cache, layer)) => cache.extend(layer, k, v),
-            None => (k, v),
+        let Cached { k, v, prefix } = match cache {
+            Some((cache, layer)) => cache.extend(layer, [k, v], || at.prefix(&norm)),
+            None => Cached { k, v, prefix: at.prefix(&norm) },
         };
-        let mixed = attention(q, k, v, mask);
+        let (k, v, mask) = match prefix {
+            Some(prefix) => behind(&prefix, k, v, mask),
+            None => (k, v, mask),
+        };
+        let mixed = attention(q.clone(), k, v, mask);
+        let mixed = at.attention(&q, &own.k_proj, &own.v_proj, mixed);
         let y = at.at("o_proj").linear(&own.o_proj, mixed);
         let h = x.clone() + at.hidden(Hidden::sublayer(&x, y));
 
@@ -346,8 +318,19 @@ impl LlamaModel {
         })
     }
 
-    /// Hidden states after the last norm, `[batch, seq, hidden]`. With a cache, `tokens` are those
-    /// that follow what the cache holds.
+    /// Keys and values in front of the first block's, by which all positions move, as in `transformers`.
+    fn prefix(cx: &Scope<'_>) -> usize {
+        cx.block("layers", 0).at("self_attn").virtual_tokens()
+    }
+
+    /// Positions that are taken by what stands in front of a sequence.
+    fn virtual_tokens(cx: &Scope<'_>) -> usize {
+        cx.at("embed_tokens").virtual_tokens() + Self::prefix(cx)
+    }
+
+    /// Hidden states after the last norm, `[batch, seq, hidden]`: those of virtual tokens that a prompt sets
+    /// in front are left out. With a cache, `tokens` are those that follow what the cache holds, and the
+    /// prompt stands in front of the first of them alone.
     pub fn forward(
         &self,
         tokens: &Tokens,
@@ -355,27 +338,40 @@ impl LlamaModel {
         mut cache: Option<&mut KvCache>,
     ) -> Tensor<3> {
         let device = self.embed_tokens.weight.device();
-        let shape = [tokens.batch, tokens.seq];
         let past = cache.as_ref().map_or(0, |cache| cache.len());
-        let cx = &cx.reading(tokens.seen(past, &device));
-        let mut kept: Vec<Vec<i32>> = match &cache {
-            Some(cache) if !cache.is_empty() => cache.kept.clone(),
+        let (words, ids) = (cx.at("embed_tokens"), tokens.tensor(&tokens.ids, &device));
+        let mut x = words.embedding(&self.embed_tokens, ids);
+        let read = past.saturating_sub(words.virtual_tokens()); // of the sequence's own
+        x = words.positional(x, || tokens.tensor(&tokens.positions(0..0, read, 0), &device));
+        let mut scores = match &cache {
+            Some(cache) if past > 0 => cache.scores.clone(),
             _ => vec![Vec::new(); tokens.batch],
         };
-        for (row, mask) in kept.iter_mut().zip(tokens.mask.chunks(tokens.seq)) {
-            row.extend_from_slice(mask);
+        let mut n = 0;
+        if let Some(front) = if past == 0 { words.prompt(&x) } else { None } {
+            let Front { parts: [prompt], scores: own } = front;
+            x = Tensor::cat(vec![prompt, x], 1);
+            n = own.len();
+            scores.fill(own);
         }
-        let mask = causal_mask(&kept, tokens.seq, tokens.segments.as_deref(), &device);
-        let tables = self.rope.tables(&tokens.positions(past), shape, &device);
-        let ids = tokens.tensor(&tokens.ids, &device);
-        let mut x = cx.at("embed_tokens").embedding(&self.embed_tokens, ids);
+        for (row, mask) in scores.iter_mut().zip(tokens.mask.chunks(tokens.seq)) {
+            row.extend(mask.iter().map(|&kept| score(kept)));
+        }
+        let rows = n + tokens.seq;
+        let mask = causal_mask(&scores, rows, tokens.segments.as_deref(), &device);
+        let first = Self::prefix(cx);
+        let positions =
+            tokens.positions(first..first + n, first + past + n, Self::virtual_tokens(cx));
+        let tables = self.rope.tables(&positions, [tokens.batch, rows], &device);
+        let cx = &cx.reading(tokens.seen(n, past, &device));
         for (index, layer) in self.layers.iter().enumerate() {
             let cache = cache.as_deref_mut().map(|cache| (cache, index));
             x = layer.forward(x, &tables, mask.clone(), cache, &cx.block("layers", index));
         }
         if let Some(cache) = cache {
-            cache.kept = kept;
+            cache.scores = scores;
         }
+        let x = if n == 0 { x } else { x.narrow(1, n, tokens.seq) };
         cx.at("norm").rms_norm(&self.norm, x)
     }
 }
@@ -393,9 +389,14 @@ impl LlamaForCausalLM {
         self
     }
 
-    /// Most tokens that a sequence may have.
+    /// Most tokens that a sequence may have, virtual ones counted in.
     pub fn max_positions(&self) -> usize {
         self.limits.1
+    }
+
+    /// Positions that are taken by what `cx` sets in front of a sequence.
+    pub fn virtual_tokens(&self, cx: &Scope<'_>) -> usize {
+        LlamaModel::virtual_tokens(&cx.at("model"))
     }
 
     /// Number of tokens it knows.
@@ -403,12 +404,12 @@ impl LlamaForCausalLM {
         self.limits.0
     }
 
-    /// Refuses what a forward pass could not take; see [`Tokens::check`].
+    /// Refuses what a forward pass with what `cx` lays over it could not take; see [`Tokens::check`].
     ///
     /// # Errors
     /// As [`Tokens::check`].
-    pub fn check(&self, tokens: &Tokens) -> Result<(), Error> {
-        tokens.check(self.limits.0, self.limits.1)
+    pub fn check(&self, tokens: &Tokens, cx: &Scope<'_>) -> Result<(), Error> {
+        tokens.check(self.limits.0, self.limits.1, self.virtual_tokens(cx))
     }
 
     /// Hidden states, `[batch, seq, hidden]`: what [`Self::logits`] reads.

@@ -2,6 +2,7 @@
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft_core::{Error, SeenTokens};
+use std::ops::Range;
 
 /// A padded batch of token sequences, row by row.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -34,12 +35,12 @@ impl Tokens {
         }
     }
 
-    /// Refuses what a forward pass could not take.
+    /// Refuses what a forward pass could not take behind `front` virtual tokens.
     ///
     /// # Errors
     /// Parts of different sizes, ids outside the vocabulary, or more columns than the model has
     /// positions.
-    pub fn check(&self, vocab: usize, positions: usize) -> Result<(), Error> {
+    pub fn check(&self, vocab: usize, positions: usize, front: usize) -> Result<(), Error> {
         let count = self.batch * self.seq;
         let parts = [
             ("input_ids", Some(&self.ids)),
@@ -59,8 +60,16 @@ impl Tokens {
                 return Err(Error::config(name, found));
             }
         }
-        if self.seq > positions {
-            let found = format!("expected at most {positions} tokens a row, found {}", self.seq);
+        if self.seq + front > positions {
+            let virtual_ones = match front {
+                0 => String::new(),
+                n => format!(" behind {n} virtual tokens"),
+            };
+            let found = format!(
+                "expected at most {} tokens a row{virtual_ones}, found {}",
+                positions.saturating_sub(front),
+                self.seq
+            );
             return Err(Error::config("input_ids", found));
         }
         let outside = self.ids.iter().position(|&id| id < 0 || id as usize >= vocab);
@@ -76,22 +85,39 @@ impl Tokens {
     }
 
     pub(crate) fn tensor(&self, values: &[i32], device: &Device) -> Tensor<2, Int> {
-        Tensor::from_data(TensorData::new(values.to_vec(), [self.batch, self.seq]), device)
+        let columns = values.len() / self.batch.max(1);
+        Tensor::from_data(TensorData::new(values.to_vec(), [self.batch, columns]), device)
     }
 
-    /// For what lies over the model, after `past` columns that were read before.
-    pub(crate) fn seen(&self, past: usize, device: &Device) -> SeenTokens {
-        let [ids, kept] = [&self.ids, &self.mask].map(|values| self.tensor(values, device));
+    /// For what lies over the model, behind `n` virtual tokens and after `past` columns that were read before.
+    /// Virtual tokens have no id, and are none of the sequence's own.
+    pub(crate) fn seen(&self, n: usize, past: usize, device: &Device) -> SeenTokens {
+        let [ids, kept] = [(&self.ids, -1), (&self.mask, 0)]
+            .map(|(values, front)| self.tensor(&self.behind(n, front, values), device));
         SeenTokens { ids, kept, past }
     }
 
-    /// Positions by column, after `past` columns that were read before. As in `transformers`, padding
-    /// counts: rotary positions act by their distances alone.
-    pub(crate) fn positions(&self, past: usize) -> Vec<i32> {
-        if let Some(positions) = &self.positions {
-            return positions.clone();
+    /// The `values` of each row behind `n` times `front`, for the virtual tokens that stand there.
+    pub(crate) fn behind(&self, n: usize, front: i32, values: &[i32]) -> Vec<i32> {
+        let row = |own: &[i32]| [vec![front; n], own.to_vec()].concat();
+        values.chunks(self.seq.max(1)).flat_map(row).collect()
+    }
+
+    /// Positions of each row: those in `front`, of virtual tokens, and its own behind them. These are counted
+    /// by column from `first`; as in `transformers`, padding counts: rotary positions act by their distances
+    /// alone. Where positions are given, their 0 is `zero`.
+    pub(crate) fn positions(&self, front: Range<usize>, first: usize, zero: usize) -> Vec<i32> {
+        let mut all = Vec::with_capacity(self.batch * (front.len() + self.seq));
+        for row in 0..self.batch {
+            all.extend(front.clone().map(|position| position as i32));
+            match &self.positions {
+                None => all.extend(first as i32..(first + self.seq) as i32),
+                Some(given) => {
+                    let own = &given[row * self.seq..(row + 1) * self.seq];
+                    all.extend(own.iter().map(|position| position + zero as i32));
+                }
+            }
         }
-        let row = past as i32..(past + self.seq) as i32;
-        std::iter::repeat_n(row, self.batch).flatten().collect()
+        all
     }
 }

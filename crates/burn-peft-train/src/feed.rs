@@ -76,6 +76,12 @@ impl<B> TrainFeed<B> {
         batches.iter().take(count).map(|items| (self.collate)(items)).collect()
     }
 
+    /// A batch of the longest item alone.
+    pub fn longest(&self) -> Option<B> {
+        let (longest, _) = self.lengths.iter().enumerate().max_by_key(|(_, length)| **length)?;
+        Some((self.collate)(&[longest]))
+    }
+
     fn epoch(&self, epoch: usize) -> Vec<Vec<usize>> {
         let epoch = epoch as u64;
         match self.grouped {

@@ -4,7 +4,7 @@ use crate::data::{CausalBatch, ClassBatch, IGNORED};
 use crate::{Loss, Objective};
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_peft_core::{Counted, Scope};
+use burn_peft_core::{Counted, Error, Scope};
 use burn_peft_models::{BertForSequenceClassification, LlamaForCausalLM, Tokens};
 
 fn ints(values: Vec<i32>, device: &Device) -> Tensor<1, Int> {
@@ -39,6 +39,10 @@ impl Objective for BertForSequenceClassification {
         cross_entropy(self.forward(&batch.tokens, cx), batch.labels.clone(), device)
     }
 
+    fn check(&self, batch: &ClassBatch, cx: &Scope<'_>) -> Result<(), Error> {
+        self.check(&batch.tokens, cx)
+    }
+
     fn targets(batch: &ClassBatch) -> usize {
         batch.labels.len()
     }
@@ -55,7 +59,8 @@ impl Objective for BertForSequenceClassification {
 impl Objective for LlamaForCausalLM {
     type Batch = CausalBatch;
 
-    /// The output layer is run on positions with a target only.
+    /// The output layer is run on positions with a target only. Virtual tokens have none: the first token of a
+    /// sequence is nobody's target, with a prompt in front as without.
     fn loss(&self, batch: &CausalBatch, device: &Device, cx: &Scope<'_>) -> Loss {
         let hidden = self.hidden(&batch.tokens, cx, None); // [b, s, h]
         let [rows, seq, width] = hidden.dims();
@@ -69,6 +74,10 @@ impl Objective for LlamaForCausalLM {
         let logits = self.logits(picked.unsqueeze_dim(0), cx); // [1, n, vocab]
         let [_, n, vocab] = logits.dims();
         cross_entropy(logits.reshape([n, vocab]), targets, device)
+    }
+
+    fn check(&self, batch: &CausalBatch, cx: &Scope<'_>) -> Result<(), Error> {
+        self.check(&batch.tokens, cx)
     }
 
     fn targets(batch: &CausalBatch) -> usize {

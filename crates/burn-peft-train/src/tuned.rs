@@ -5,7 +5,7 @@ use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Device, ExecutionError, Int, Tensor};
 use burn::train::{InferenceStep, ItemLazy, TrainOutput, TrainStep};
-use burn_peft_core::{Adapters, AnyAdapter, Counted, Guide, Scope};
+use burn_peft_core::{Adapters, AnyAdapter, Counted, Error, Guide, Scope};
 use serde::{Deserialize, Serialize};
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -26,6 +26,12 @@ pub trait Objective: Clone + Debug + Send + Sync + 'static {
 
     /// Runs the model with what `cx` lays over it.
     fn loss(&self, batch: &Self::Batch, device: &Device, cx: &Scope<'_>) -> Loss;
+
+    /// Refuses a batch that the model cannot take with what `cx` lays over it.
+    ///
+    /// # Errors
+    /// What is wrong with it, or how long it may be.
+    fn check(&self, batch: &Self::Batch, cx: &Scope<'_>) -> Result<(), Error>;
 
     /// Number of targets in a batch: what the loss is a mean over.
     fn targets(batch: &Self::Batch) -> usize;

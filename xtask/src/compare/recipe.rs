@@ -29,6 +29,8 @@ pub(super) struct Row {
     /// HF PEFT's configuration class, if HF PEFT has the method.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) peft: Option<String>,
+    /// Layers to adapt; none for methods that have but one place to go.
+    #[serde(default)]
     pub(super) target_modules: Vec<String>,
     /// Fields of `adapter_config.json`.
     pub(super) options: Map<String, Value>,

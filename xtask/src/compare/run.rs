@@ -168,7 +168,9 @@ impl Job<'_> {
         let mut train = desk.command("train");
         train.arg("--train-file").arg(&desk.train).arg("--output-dir").arg(adapter);
         train.arg(format!("--method={method}"));
-        train.arg(format!("--target-modules={}", target_modules.join(",")));
+        if !target_modules.is_empty() {
+            train.arg(format!("--target-modules={}", target_modules.join(",")));
+        }
         for (name, value) in options {
             train.arg(format!("--method-option={name}={value}"));
         }

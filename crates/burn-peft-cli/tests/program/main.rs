@@ -6,6 +6,7 @@ mod laplace;
 mod methods;
 mod policies_rank;
 mod policies_stage;
+mod prompts;
 mod refusals;
 
 use safetensors::SafeTensors;

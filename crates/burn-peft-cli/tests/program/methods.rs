@@ -96,6 +96,9 @@ fn places(method: &str) -> &'static str {
         _ => "query,value",
     }
 }
+/// Methods that have but one place to go, and are refused names of layers.
+const ONE_PLACE: &[&str] =
+    &["ADAPTION_PROMPT", "DEPT", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "XPROMPT"];
 
 #[test]
 fn every_method_trains_and_is_merged() {
@@ -108,22 +111,28 @@ fn every_method_trains_and_is_merged() {
     assert!(names.len() >= 35, "{names:?}");
     for name in names {
         let more = fitting(name);
-        let line = line.replace("query,value", places(name));
+        let line = match ONE_PLACE.contains(&name) {
+            true => line.replace("--target-modules query,value", ""),
+            false => line.replace("query,value", places(name)),
+        };
         desk.good(&format!(
             "{line} --method {name} {more} --max-steps 12 --test-file /test.tsv --output-dir /{name}"
         ));
         let summary = desk.json(&format!("{name}/summary.json"));
         let loss = |when: &str| summary[when]["loss"].as_f64().expect("was measured");
         assert!(loss("after") < loss("before"), "{name}: {summary}");
-        let merged = desk.run(&format!(
-            "merge --model @models/bert --adapter /{name} --output-dir /{name}-merged"
-        ));
-        if ["BOTTLENECK", "COMPACTER", "MOV", "PASTA", "REFT"].contains(&name) {
-            let said = String::from_utf8_lossy(&merged.stderr).into_owned();
-            assert!(!merged.status.success() && said.contains(name), "{name}: {said}");
+        let merge =
+            format!("merge --model @models/bert --adapter /{name} --output-dir /{name}-merged");
+        if ONE_PLACE.contains(&name)
+            || ["BOTTLENECK", "COMPACTER", "MOV", "PASTA", "REFT"].contains(&name)
+        {
+            let refused = desk.run(&merge);
+            let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+            assert!(!refused.status.success() && said.contains(name), "{name}: {said}");
+            assert!(!desk.path(&format!("{name}-merged/config.json")).exists());
             continue;
         }
-        assert!(merged.status.success(), "{name}: {merged:?}");
+        desk.good(&merge);
         let forward = "forward --inputs @models/bert/golden.safetensors";
         desk.good(&format!(
             "{forward} --model @models/bert --adapter /{name} --output /a.safetensors"

@@ -78,7 +78,9 @@ fn check_both(kind: &str, all: BTreeSet<String>) {
         |model, cx| values(model.forward(&llama_tokens, cx)),
         |all| kept(all, &llama_tokens),
     );
-    for (model, found) in [("bert", bert), ("llama", llama)] {
+    // HF PEFT has no such for BERT.
+    let not_for_bert = BTreeSet::from(["ADAPTION_PROMPT".to_owned()]);
+    for (model, found) in [("bert", &bert | &not_for_bert), ("llama", llama)] {
         let missing: Vec<_> = all.difference(&found).collect();
         assert!(missing.is_empty(), "no golden files on {model} for {missing:?}");
     }

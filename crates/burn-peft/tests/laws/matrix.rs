@@ -1,7 +1,7 @@
 //! What each method can do, as `docs/methods.md` says it: the table there is this one.
 
 use crate::probe::{Probe, targets};
-use burn_peft::core::{Kind, Method, Sites, adapt};
+use burn_peft::core::{Adapter, Kind, Method, Sites, adapt};
 use burn_peft::device;
 use burn_peft::registry::{ForEach, for_each_method};
 use std::path::Path;
@@ -22,7 +22,7 @@ impl ForEach for Rows {
         let serves = |kind| if T::KINDS.contains(&kind) { "yes" } else { "" };
         let yes = |is: bool| if is { "yes" } else { "" };
         self.0.push(format!(
-            "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |",
+            "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |",
             T::NAME,
             serves(Kind::Linear),
             serves(Kind::Embedding),
@@ -30,12 +30,13 @@ impl ForEach for Rows {
             serves(Kind::Conv2d),
             serves(Kind::Norm),
             serves(Kind::Hidden),
+            serves(Kind::Attention),
             if method.weight_only() { "dense" } else { "factored" },
             yes(T::fold(adapter).is_some()),
             yes(T::fold(adapter).is_some_and(|fold| !fold.brings_bias())
                 && T::KINDS.iter().any(|kind| *kind != Kind::Norm)),
             "yes",
-            "yes",
+            yes(adapters.iter().all(|(_, adapter)| adapter.virtual_tokens() == 0)),
             yes(T::HF_FORMAT),
         ));
     }
@@ -47,8 +48,8 @@ fn the_capability_matrix_is_the_documents() {
     let mut rows = Rows(Vec::new(), Probe::new(&device));
     for_each_method(&mut rows);
     rows.0.sort();
-    let head = "| method | linear | embedding | conv1d | conv2d | norm | hidden | forward | merge | convertible | mix | rows | HF format |\n\
-                |---|---|---|---|---|---|---|---|---|---|---|---|---|\n";
+    let head = "| method | linear | embedding | conv1d | conv2d | norm | hidden | attention | forward | merge | convertible | mix | rows | HF format |\n\
+                |---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n";
     let table = format!("{head}{}\n", rows.0.join("\n"));
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/methods.md");
     let text = std::fs::read_to_string(&path).expect("is committed");

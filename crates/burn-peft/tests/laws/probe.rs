@@ -5,11 +5,11 @@ use burn::nn::conv::{Conv1d, Conv1dConfig, Conv2d, Conv2dConfig};
 use burn::nn::{
     Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig, PaddingConfig1d,
 };
-use burn::tensor::activation::relu;
+use burn::tensor::activation::{relu, softmax};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft::core::{
-    Counted, Hidden, HiddenPlace, Kind, Method, Names, Passes, Scope, SeenTokens, Sites, Targets,
-    Trained,
+    Counted, Front, Hidden, HiddenPlace, Kind, Method, Names, Passes, Scope, SeenTokens, Sites,
+    Targets, Trained,
 };
 
 const VOCAB: usize = 11;
@@ -23,18 +23,60 @@ pub(crate) struct Block {
     place: HiddenPlace,
 }
 
-/// Words, two linear layers, a place for hidden states, both convolutions, a norm and a head. Widths of linear layers are multiples
+/// Words, two linear layers, a place for hidden states, an attention, both convolutions, a norm and a head. Widths of linear layers are multiples
 /// of 4, for methods that cut them into blocks.
 #[derive(Module, Debug)]
 pub(crate) struct Probe {
     words: Embedding,
     query: Linear,
     block: Block,
+    mixer: MixerAttention,
     conv: Conv1d,
     image: Conv2d,
     norm: LayerNorm,
     mix: Linear,
     head: Linear,
+}
+
+/// Two heads that read what they mix: queries are the input.
+#[derive(Module, Debug)]
+struct MixerAttention {
+    key: Linear,
+    value: Linear,
+}
+
+/// `[batch, seq, 8] → [batch, 2, seq, 4]`.
+fn heads(x: Tensor<3>) -> Tensor<4> {
+    let [batch, seq, width] = x.dims();
+    x.reshape([batch, seq, 2, width / 2]).swap_dims(1, 2)
+}
+
+/// `softmax(q·kᵀ + scores)·v` beside a score of 0 that has no value, so that a bias of all keys counts;
+/// `scores [total]`.
+fn mixed(q: &Tensor<4>, k: Tensor<3>, v: Tensor<3>, scores: Vec<f32>) -> Tensor<3> {
+    let [batch, _, seq, _] = q.dims();
+    let scores = Tensor::<1>::from_data(scores.as_slice(), &q.device().inner());
+    let scores = q.clone().matmul(heads(k).swap_dims(2, 3)) + scores.unsqueeze();
+    let [_, heads_of, _, total] = scores.dims();
+    let beside = Tensor::zeros([batch, heads_of, seq, 1], &q.device().inner());
+    let weights = softmax(Tensor::cat(vec![scores, beside], 3), 3).narrow(3, 0, total);
+    weights.matmul(heads(v)).swap_dims(1, 2).reshape([batch, seq, WIDTH])
+}
+
+impl MixerAttention {
+    /// `front` are the scores of virtual tokens in `x`.
+    fn forward(&self, x: Tensor<3>, front: &[f32], cx: &Scope<'_>) -> Tensor<3> {
+        let mut k = cx.at("key").linear(&self.key, x.clone());
+        let mut v = cx.at("value").linear(&self.value, x.clone());
+        let mut scores = front.to_vec();
+        scores.resize(x.dims()[1], 0.0);
+        if let Some(Front { parts: [keys, values], scores: own }) = cx.prefix(&x) {
+            (k, v) = (Tensor::cat(vec![keys, k], 1), Tensor::cat(vec![values, v], 1));
+            scores = [own, scores].concat();
+        }
+        let q = heads(x);
+        cx.attention(&q, &self.key, &self.value, mixed(&q, k, v, scores))
+    }
 }
 
 impl Probe {
@@ -48,6 +90,10 @@ impl Probe {
                 norm: LayerNormConfig::new(WIDTH).init(device),
                 place: HiddenPlace::new(WIDTH),
             },
+            mixer: MixerAttention {
+                key: LinearConfig::new(WIDTH, WIDTH).init(device),
+                value: LinearConfig::new(WIDTH, WIDTH).init(device),
+            },
             conv: conv.init(device),
             image: Conv2dConfig::new([1, 4], [2, 2]).with_stride([1, 2]).init(device),
             norm: LayerNormConfig::new(12).init(device),
@@ -59,14 +105,32 @@ impl Probe {
 
     /// As a model of the zoo is written: every layer through the scope.
     pub(crate) fn forward(&self, ids: &Tensor<2, Int>, cx: &Scope<'_>) -> Tensor<3> {
-        // The last rows end in padding.
+        let words = cx.at("words");
+        let (mut x, mut front) = (words.embedding(&self.words, ids.clone()), Vec::new());
+        x = words.positional(x, || {
+            let columns = Tensor::arange(0..SEQ as i64, &ids.device()).unsqueeze::<2>();
+            columns.expand(ids.dims())
+        });
+        if let Some(Front { parts: [prompt], scores }) = words.prompt(&x) {
+            (x, front) = (Tensor::cat(vec![prompt, x], 1), scores);
+        }
+        // The last rows end in padding; virtual tokens are none of the sequence's own.
         let kept = ids.clone().ones_like().slice_fill([2..4, SEQ - 1..SEQ], 0);
-        let cx = &cx.reading(SeenTokens { ids: ids.clone(), kept, past: 0 });
-        let x = cx.at("words").embedding(&self.words, ids.clone());
+        let virtual_tokens =
+            |value: i64| Tensor::<2, Int>::full([ids.dims()[0], front.len()], value, &ids.device());
+        let (seen, kept) = match front.is_empty() {
+            true => (ids.clone(), kept),
+            false => (
+                Tensor::cat(vec![virtual_tokens(-1), ids.clone()], 1),
+                Tensor::cat(vec![virtual_tokens(0), kept], 1),
+            ),
+        };
+        let cx = &cx.reading(SeenTokens { ids: seen, kept, past: 0 });
         let y = relu(cx.at("query").linear(&self.query, x.clone()));
         let at = cx.at("block");
         let y = at.hidden(Hidden::sublayer(&x, y).before(&self.block.norm));
         let x = at.at("norm").layer_norm(&self.block.norm, 1e-5, x + y);
+        let x = x.clone() + self.mixer.forward(x, &front, &cx.at("mixer"));
         let x = cx.at("conv").conv1d(&self.conv, x.swap_dims(1, 2)); // [batch, 6, seq]
         let x = cx.at("image").conv2d(&self.image, x.swap_dims(1, 2).unsqueeze_dim(1));
         let x = cx.at("norm").layer_norm(&self.norm, 1e-5, flat(x));
@@ -79,6 +143,9 @@ impl Probe {
         let x = self.words.forward(ids.clone());
         let y = relu(self.query.forward(x.clone()));
         let x = self.block.norm.forward(x + y);
+        let [_, seq, _] = x.dims();
+        let (k, v) = (self.mixer.key.forward(x.clone()), self.mixer.value.forward(x.clone()));
+        let x = x.clone() + mixed(&heads(x), k, v, vec![0.0; seq]);
         let x = self.conv.forward(x.swap_dims(1, 2));
         let x = self.image.forward(x.swap_dims(1, 2).unsqueeze_dim(1));
         let x = self.norm.forward(flat(x));
@@ -125,8 +192,7 @@ pub(crate) fn targets<T: Method>(sites: &Sites) -> [Targets; 2] {
     let of = |serves: &dyn Fn(Kind) -> bool| Targets {
         target_modules: Some(
             sites
-                .all
-                .iter()
+                .places()
                 .filter(|site| serves(site.kind) && site.path != "head")
                 .map(|site| site.path.clone())
                 .collect::<Names>(),

@@ -1,0 +1,157 @@
+//! What stands in front of a sequence, through the program.
+
+use crate::{CLASSIFY, Desk, SPEAK, classify, logits};
+use safetensors::SafeTensors;
+use serde_json::{Value, json};
+
+/// Options of each method that fit the small models.
+const METHODS: &[&str] = &[
+    "prompt_tuning --method-option num_virtual_tokens=6",
+    "prompt_tuning --method-option num_virtual_tokens=4 --method-option prompt_tuning_init=SAMPLE_VOCAB",
+    "p_tuning --method-option num_virtual_tokens=6 --method-option encoder_hidden_size=16",
+    "p_tuning --method-option num_virtual_tokens=4 --method-option encoder_reparameterization_type=LSTM \
+     --method-option encoder_dropout=0.1",
+    "prefix_tuning --method-option num_virtual_tokens=6",
+    "prefix_tuning --method-option num_virtual_tokens=4 --method-option prefix_projection=true",
+    "dept --method-option num_virtual_tokens=4 --method-option max_length=20 --loraplus-lr-ratio 4",
+    "adaption_prompt --method-option adapter_len=4",
+    "xprompt --method-option num_virtual_tokens=6 --method-option num_pieces=8",
+];
+
+fn without_targets(line: &str) -> String {
+    line.replace("--target-modules query,value", "")
+        .replace("--target-modules all-linear", "")
+        .replace("--r 4", "")
+}
+
+fn refused(desk: &Desk, line: &str, says: &str) {
+    let output = desk.run(line);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains(says), "{line}: {said}");
+    assert!(!said.contains("panicked"), "{line}: {said}");
+}
+
+#[test]
+fn they_learn_to_classify_and_are_what_they_were_after_reading() {
+    let desk = classify();
+    for (index, method) in METHODS.iter().enumerate() {
+        let line = without_targets(CLASSIFY);
+        desk.good(&format!(
+            "{line} --method {method} --num-train-epochs 12 --test-file /test.tsv --output-dir /{index}"
+        ));
+        let summary = desk.json(&format!("{index}/summary.json"));
+        let loss = |when: &str| summary[when]["loss"].as_f64().expect("was measured");
+        assert!(loss("after") < 0.8 * loss("before"), "{method}: {summary}");
+        let eval = format!("eval --model @models/bert --adapter /{index} --test-file /test.tsv");
+        let report: Value = serde_json::from_str(&desk.good(&eval)).expect("is JSON");
+        let far = (report["loss"].as_f64().expect("was measured") - loss("after")).abs();
+        assert!(far < 1e-4, "{method}: {report}, {summary}");
+        let told = desk.good(&format!("predict --model @models/bert --adapter /{index} --text w1"));
+        assert!(told.contains("class"), "{told}");
+    }
+    // The network that made it is left out, and the head goes along.
+    let bytes = desk.bytes("5/adapter_model.safetensors");
+    let file = SafeTensors::deserialize(&bytes).expect("is a safetensors file");
+    let mut names = file.names();
+    names.sort();
+    assert_eq!(
+        names,
+        ["base_model.classifier.bias", "base_model.classifier.weight", "prompt_embeddings"]
+    );
+    assert_eq!(file.tensor("prompt_embeddings").expect("is there").shape(), [4, 128]);
+    let told = desk.good("inspect /5");
+    assert!(
+        told.contains("\"PREFIX_TUNING\"") && told.contains("prompt_embeddings [4, 128]"),
+        "{told}"
+    );
+    for verb in ["merge", "convert --rank 2"] {
+        let line = format!("{verb} --model @models/bert --adapter /5 --output-dir /out");
+        refused(&desk, &line, "PREFIX_TUNING");
+    }
+}
+
+#[test]
+fn they_learn_to_speak_with_packing_and_without() {
+    let desk = Desk::new();
+    for (index, method) in METHODS.iter().enumerate() {
+        let packing = if index % 2 == 0 { "--packing" } else { "" };
+        let line = without_targets(SPEAK).replace("1e-2", "5e-2");
+        desk.good(&format!(
+            "{line} --method {method} {packing} --num-train-epochs 6 --test-file /train.txt \
+             --output-dir /{index}"
+        ));
+        let summary = desk.json(&format!("{index}/summary.json"));
+        let loss = |when: &str| summary[when]["loss"].as_f64().expect("was measured");
+        assert!(loss("after") < 0.99 * loss("before"), "{method}: {summary}");
+        let ask = format!(
+            "generate --model @models/llama --adapter /{index} --prompt w1 --max-new-tokens 6"
+        );
+        assert!(!desk.good(&ask).trim().is_empty());
+        let eval = format!(
+            "eval --model @models/llama --adapter /{index} --test-file /train.txt --max-length 32"
+        );
+        assert!(desk.good(&eval).contains("perplexity"));
+    }
+    assert_eq!(desk.json("7/adapter_config.json")["adapter_layers"], 2);
+    // A prompt and a prefix at once, and each of them alone.
+    let forward = |adapters: &str| {
+        let inputs = "--inputs @models/llama/golden.safetensors --output /o.safetensors";
+        desk.good(&format!("forward --model @models/llama {adapters} {inputs}"));
+        logits(&desk, "o.safetensors")
+    };
+    let (prompt, prefix) = (forward("--adapter /0"), forward("--adapter /4"));
+    let both = forward("--adapter /0 --adapter /4");
+    assert_eq!(both.len(), prompt.len());
+    assert!(both != prompt && both != prefix);
+}
+
+#[test]
+fn a_text_is_tokenized_and_named_in_the_file() {
+    let desk = classify();
+    let line = without_targets(CLASSIFY);
+    let text = "--method prompt_tuning --method-option prompt_tuning_init=TEXT \
+                --method-option prompt_tuning_init_text=w3 --method-option num_virtual_tokens=5";
+    desk.good(&format!("{line} {text} --max-steps 2 --output-dir /out"));
+    let config = desk.json("out/adapter_config.json");
+    assert_eq!(config["prompt_tuning_init"], "TEXT");
+    assert!(config["tokenizer_name_or_path"].as_str().is_some_and(|path| path.ends_with("bert")));
+    assert_eq!(config["num_virtual_tokens"], 5);
+    assert_eq!(config["modules_to_save"], json!(["classifier"]));
+    refused(
+        &desk,
+        &format!("{line} {text} --method-option tokenizer_name_or_path=nowhere --output-dir /no"),
+        "nowhere",
+    );
+}
+
+#[test]
+fn what_cannot_work_is_refused() {
+    let desk = classify();
+    let line = without_targets(CLASSIFY);
+    for (more, says) in [
+        ("--method prompt_tuning --target-modules query", "has no option `target_modules`"),
+        ("--method prefix_tuning --layers-to-transform 1", "has no option `layers_to_transform`"),
+        ("--method prompt_tuning --method-option num_virtual_tokens=0", "num_virtual_tokens"),
+        (
+            "--method prompt_tuning --method-option prompt_tuning_init=TEXT",
+            "prompt_tuning_init_text",
+        ),
+        ("--method prompt_tuning --method-option prompt_tuning_init=POEM", "prompt_tuning_init"),
+        // 40 positions in all.
+        (
+            "--method prompt_tuning --method-option num_virtual_tokens=38",
+            "behind 38 virtual tokens",
+        ),
+        (
+            "--method prefix_tuning --method-option num_virtual_tokens=38",
+            "behind 38 virtual tokens",
+        ),
+        ("--method prefix_tuning --method-option token_dim=7", "token_dim"),
+        ("--method prefix_tuning --method-option init_weights=one", "init_weights"),
+        ("--method p_tuning --method-option encoder_dropout=2", "encoder_dropout"),
+        ("--method adaption_prompt --method-option adapter_layers=3", "adapter_layers"),
+        ("--method adaption_prompt --target-modules self_atn", "`self_atn`"),
+    ] {
+        refused(&desk, &format!("{line} {more} --output-dir /out"), says);
+    }
+}
