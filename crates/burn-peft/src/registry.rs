@@ -90,6 +90,17 @@ methods![
     burn_peft_reparam::VbLora,
     burn_peft_reparam::Vera,
     burn_peft_reparam::WaveFt,
+    burn_peft_selective::BiasPruning,
+    burn_peft_selective::BitFit,
+    burn_peft_selective::ChildTuning,
+    burn_peft_selective::DiffPruning,
+    burn_peft_selective::Far,
+    burn_peft_selective::FishMask,
+    burn_peft_selective::LtSft,
+    burn_peft_selective::PaFi,
+    burn_peft_selective::Sam,
+    burn_peft_selective::Spt,
+    burn_peft_selective::ThresholdMask,
 ];
 
 /// Adapters whose method is known at run time only.
