@@ -7,6 +7,7 @@ mod methods;
 mod policies_rank;
 mod policies_stage;
 mod refusals;
+mod selective;
 
 use safetensors::SafeTensors;
 use serde_json::Value;
