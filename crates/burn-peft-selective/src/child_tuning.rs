@@ -126,3 +126,42 @@ impl Policy<SelectedAdapter> for Draws {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::module::{Module, Param};
+    use burn::nn::{Linear, LinearConfig};
+    use burn_peft_core::{Method, Sites, Targets, adapt};
+
+    #[derive(Module, Debug)]
+    struct One {
+        query: Linear,
+    }
+
+    #[test]
+    fn each_step_draws_a_share_of_the_gradient_and_makes_up_for_the_rest() {
+        let device = Device::flex();
+        let model = One { query: LinearConfig::new(100, 100).init(&device) };
+        let mut method = ChildTuning::new(0.25, Targets::list(["query"]));
+        method.criterion = Child { mode: ChildMode::Free, mask_seed: 1 };
+        let sites = Sites::of(&model, None);
+        let adapters = adapt(&sites, &method, 0, &device.clone().autodiff()).expect("fits");
+        let mut policy = method.policy(&adapters).expect("fits").expect("is there");
+        let values: &Param<Tensor<1>> =
+            &adapters.get("query").and_then(|a| a.weight.as_ref()).expect("is there").values;
+        let mut drawn = |step: usize| -> Vec<f32> {
+            let mut gradients = GradientsParams::new();
+            gradients.register(values.id, Tensor::<1>::ones([10_000], &device));
+            let left = policy.gradients(step, &adapters, gradients).remove::<1>(values.id);
+            left.expect("is there").into_data().iter::<f32>().collect()
+        };
+        let [first, again, second] = [drawn(1), drawn(1), drawn(2)];
+        assert!(first == again && first != second);
+        let kept = first.iter().filter(|g| **g == 4.0).count();
+        assert_eq!(first.iter().filter(|g| **g == 0.0).count(), 10_000 - kept);
+        // Five standard deviations of a binomial count.
+        let off = (kept as f64 - 2_500.0).abs();
+        assert!(off < 5.0 * (10_000.0 * 0.25 * 0.75_f64).sqrt(), "{kept}");
+    }
+}
