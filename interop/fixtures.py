@@ -17,6 +17,7 @@ from torch import nn
 import combine
 import data_inits
 import methods
+import selective
 import tiny
 
 ROOT = Path(__file__).resolve().parent.parent / "fixtures"
@@ -248,5 +249,6 @@ if __name__ == "__main__":
     prompts()
     data_inits.write(ROOT, golden)
     combine.write(ROOT)
+    selective.write(ROOT)
     targets()
     lora_fa()

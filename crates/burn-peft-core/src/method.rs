@@ -117,8 +117,8 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
         None
     }
 
-    /// Told what was found at one of the linear places; what is needed of it is kept in the
-    /// configuration, and never written.
+    /// Told what was found at one of the places; what is needed of it is kept in the configuration, and
+    /// never written.
     ///
     /// # Errors
     /// Data that do not give what the place needs.
@@ -127,8 +127,8 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
         Ok(())
     }
 
-    /// The configuration after [`Method::learn`] was told of all linear places among `sites`, the
-    /// chosen ones: ranks and places may follow from the data.
+    /// The configuration after [`Method::learn`] was told of all places among `sites`, the chosen ones,
+    /// that the statistic is about: ranks and places may follow from the data.
     ///
     /// # Errors
     /// Data that do not give what the places need together.

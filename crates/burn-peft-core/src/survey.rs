@@ -2,19 +2,20 @@
 //! gradients of their weights, over some batches.
 
 use crate::copy::leaf;
+use crate::slopes::{has, slopes};
 use crate::{
-    Adapter, Adapters, Error, Kind, Laid, Method, Overlay, Scope, Site, Sites, Strength,
-    Strictness, TrainedCopy,
+    Adapter, Adapters, Error, Kind, Laid, Method, Overlay, Part, Scope, Site, Sites, Slopes,
+    Strength, Strictness, TrainedCopy, Tuning,
 };
 use burn::nn::Linear;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
-/// What a method wants to know of each of its linear places.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What a method wants to know of each of its places.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Statistic {
-    /// The [`Moments`] of the inputs to the frozen layer.
+    /// The [`Moments`] of the inputs to the frozen layer, where that is linear.
     Inputs {
         /// Leave out positions where nothing is learnt, and not only padding.
         targets_only: bool,
@@ -22,8 +23,17 @@ pub enum Statistic {
         /// rows count alike.
         even: bool,
     },
-    /// The gradient of a batch's mean loss with respect to the weight, its mean over the batches.
+    /// The gradient of a batch's mean loss with respect to the weight, its mean over the batches; at
+    /// linear places.
     Gradient,
+    /// The [`Slopes`] of every number, at places of each kind: at the base, one example at a time, or
+    /// along a full fine-tuning of all places together, batch by batch.
+    Slopes {
+        /// Which parameters are looked at.
+        part: Part,
+        /// The fine-tuning, if there is one; what `modules_to_save` names is trained along.
+        tuning: Option<Tuning>,
+    },
 }
 
 /// What was found at one place, on the device of the base.
@@ -35,6 +45,8 @@ pub enum Finding {
     Inputs(Moments),
     /// Of [`Statistic::Gradient`], `[fan_in, fan_out]`.
     Gradient(Tensor<2>),
+    /// Of [`Statistic::Slopes`].
+    Slopes(Slopes),
 }
 
 /// Number, mean and scatter of the rows of a matrix.
@@ -101,6 +113,16 @@ pub trait Passes {
     /// The positions of a batch that are no padding and, with `targets_only`, at which something is
     /// learnt. A layer that sees another number of positions is taken whole.
     fn counted(&self, batch: usize, targets_only: bool) -> Counted;
+
+    /// Number of examples in all batches. By default batches cannot be cut, and each is an example.
+    fn examples(&self) -> usize {
+        self.batches()
+    }
+
+    /// Mean loss of an example over its targets, `[1]`, with what `cx` lays over the model.
+    fn example_loss(&self, example: usize, cx: &Scope<'_>) -> Tensor<1> {
+        self.loss(example, cx)
+    }
 }
 
 /// Most numbers that are held on the device at a time: 512 MB of them.
@@ -123,14 +145,19 @@ pub fn survey<T: Method>(mut method: T, sites: &Sites, passes: &dyn Passes) -> R
     if passes.batches() == 0 {
         return Err(Error::config("init_batches", "expected 1 or more batches of data, found 0"));
     }
-    let linear: Vec<&Site> =
-        chosen.iter().copied().filter(|site| site.kind == Kind::Linear).collect();
-    let mut rest = linear.as_slice();
+    let saved = method.targets().saved(sites, Strictness::EachName)?;
+    let looked_at = |site: &&Site| match statistic {
+        Statistic::Inputs { .. } | Statistic::Gradient => site.kind == Kind::Linear,
+        Statistic::Slopes { part, .. } => has(site, part),
+    };
+    let places: Vec<&Site> = chosen.iter().copied().filter(looked_at).collect();
+    let mut rest = places.as_slice();
     while !rest.is_empty() {
         let (group, after) = rest.split_at(fitting(rest, statistic));
         let mut found = match statistic {
             Statistic::Inputs { targets_only, even } => inputs(group, passes, targets_only, even),
             Statistic::Gradient => gradients(group, passes),
+            Statistic::Slopes { part, tuning } => slopes(group, &saved, passes, part, tuning),
         };
         for site in group {
             let path = &site.path;
@@ -149,13 +176,20 @@ pub fn survey<T: Method>(mut method: T, sites: &Sites, passes: &dyn Passes) -> R
 
 /// How many of `sites` are looked at together: at least one.
 fn fitting(sites: &[&Site], statistic: Statistic) -> usize {
+    if matches!(statistic, Statistic::Slopes { tuning: Some(_), .. }) {
+        return sites.len(); // one training of all
+    }
     let mut held = 0_usize;
     let fits = sites.iter().take_while(|site| {
-        let other = match statistic {
-            Statistic::Inputs { .. } => site.fan_in(),
-            Statistic::Gradient => site.fan_out(),
+        let [fan_in, fan_out] = [site.fan_in(), site.fan_out()];
+        let numbers = match statistic {
+            Statistic::Inputs { .. } => fan_in.saturating_mul(fan_in),
+            Statistic::Gradient => fan_in.saturating_mul(fan_out),
+            Statistic::Slopes { part: Part::Bias, .. } => fan_out,
+            // A gradient and two sums.
+            Statistic::Slopes { .. } => fan_in.saturating_mul(fan_out).saturating_mul(3),
         };
-        held = held.saturating_add(site.fan_in().saturating_mul(other));
+        held = held.saturating_add(numbers);
         held <= HELD
     });
     fits.count().max(1)
@@ -166,6 +200,7 @@ impl Finding {
         let matrix = match self {
             Self::Inputs(moments) => moments.square(),
             Self::Gradient(gradient) => gradient.clone(),
+            Self::Slopes(slopes) => return slopes.is_finite(),
         };
         matrix.is_finite().all().into_scalar::<bool>()
     }

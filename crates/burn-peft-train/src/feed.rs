@@ -82,6 +82,12 @@ impl<B> TrainFeed<B> {
         Some((self.collate)(&[longest]))
     }
 
+    /// The items of [`first`](Self::first), each in a batch of its own.
+    pub fn first_cut(&self, count: usize) -> Vec<B> {
+        let batches = self.epoch(0);
+        batches.iter().take(count).flatten().map(|&item| (self.collate)(&[item])).collect()
+    }
+
     fn epoch(&self, epoch: usize) -> Vec<Vec<usize>> {
         let epoch = epoch as u64;
         match self.grouped {

@@ -14,6 +14,7 @@ pub struct Sample<'a, B: Objective> {
     feed: &'a TrainFeed<B::Batch>,
     count: usize,
     made: OnceLock<Vec<B::Batch>>,
+    cut: OnceLock<Vec<B::Batch>>,
 }
 
 impl<'a, B: Objective> Sample<'a, B> {
@@ -24,11 +25,19 @@ impl<'a, B: Objective> Sample<'a, B> {
         feed: &'a TrainFeed<B::Batch>,
         count: usize,
     ) -> Self {
-        Self { base, device, feed, count, made: OnceLock::new() }
+        Self { base, device, feed, count, made: OnceLock::new(), cut: OnceLock::new() }
     }
 
     fn made(&self) -> &[B::Batch] {
         self.made.get_or_init(|| self.feed.first(self.count))
+    }
+
+    fn cut(&self) -> &[B::Batch] {
+        self.cut.get_or_init(|| self.feed.first_cut(self.count))
+    }
+
+    fn mean(&self, batch: &B::Batch, cx: &Scope<'_>) -> Tensor<1> {
+        self.base.loss(batch, self.device, cx).sum / B::targets(batch).max(1) as f64
     }
 }
 
@@ -38,11 +47,18 @@ impl<B: Objective> Passes for Sample<'_, B> {
     }
 
     fn loss(&self, batch: usize, cx: &Scope<'_>) -> Tensor<1> {
-        let batch = &self.made()[batch];
-        self.base.loss(batch, self.device, cx).sum / B::targets(batch).max(1) as f64
+        self.mean(&self.made()[batch], cx)
     }
 
     fn counted(&self, batch: usize, targets_only: bool) -> Counted {
         B::counted(&self.made()[batch], targets_only)
+    }
+
+    fn examples(&self) -> usize {
+        self.cut().len()
+    }
+
+    fn example_loss(&self, example: usize, cx: &Scope<'_>) -> Tensor<1> {
+        self.mean(&self.cut()[example], cx)
     }
 }

@@ -108,6 +108,17 @@ methods![
     burn_peft_additive::Ssf,
     burn_peft_additive::TrainableTokens,
     burn_peft_additive::XPrompt,
+    burn_peft_selective::BiasPruning,
+    burn_peft_selective::BitFit,
+    burn_peft_selective::ChildTuning,
+    burn_peft_selective::DiffPruning,
+    burn_peft_selective::Far,
+    burn_peft_selective::FishMask,
+    burn_peft_selective::LtSft,
+    burn_peft_selective::PaFi,
+    burn_peft_selective::Sam,
+    burn_peft_selective::Spt,
+    burn_peft_selective::ThresholdMask,
 ];
 
 /// Adapters whose method is known at run time only.

@@ -4,12 +4,14 @@
 
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
+use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::{Device, Distribution, Tensor};
 use burn_peft::core::{
     Counted, Kind, Method, Passes, Scope, Sites, Targets, adapt, attach, survey,
 };
 use burn_peft::registry::{ForEach, for_each_method};
 use burn_peft::reparam::Lora;
+use burn_peft::selective::PaFi;
 
 #[global_allocator]
 static ALLOCATOR: dhat::Alloc = dhat::Alloc;
@@ -85,6 +87,24 @@ impl ForEach for Factored {
     }
 }
 
+/// Bytes that adapters over a share of the layer's numbers and their optimizer hold after a step.
+fn held(model: &Wide, x: &Tensor<3>, keep_ratio: f64) -> i64 {
+    let device = x.device().autodiff();
+    let current = || dhat::HeapStats::get().curr_bytes as i64;
+    let before = current();
+    let method = PaFi::new(keep_ratio, Targets::list(["query"]));
+    let mut adapters = adapt(&Sites::of(model, None), &method, 0, &device).expect("fits");
+    let mut optimizer = AdamWConfig::new().init();
+    for _ in 0..2 {
+        let loss = model.forward(x, &Scope::new(&adapters)).powi_scalar(2).mean();
+        let gradients = GradientsParams::from_grads(loss.backward(), &adapters);
+        adapters = optimizer.step(1e-3, adapters, gradients);
+    }
+    let held = current() - before;
+    drop((adapters, optimizer));
+    held
+}
+
 #[test]
 fn a_forward_pass_allocates_less_than_a_weight() {
     let _counting = dhat::Profiler::builder().testing().build();
@@ -104,6 +124,11 @@ fn a_forward_pass_allocates_less_than_a_weight() {
     let attached = attach(model.clone(), &adapters.expect("fits")).expect("is the same model");
     let dense = allocated(|| attached.forward(&x, &Scope::plain()));
     assert!(dense > bytes + WEIGHT / 2, "{dense} bytes dense, {bytes} plain");
+
+    // Values, two moments of them, and their places.
+    let [some, all] = [0.005, 1.0].map(|ratio| held(&model, &x, ratio));
+    let weight = WEIGHT as i64;
+    assert!(some < weight / 20 && all > 3 * weight, "{some} and {all} bytes of {weight}");
 
     for_each_method(&mut Factored { device, plain: bytes, x, model: model.clone() });
 }

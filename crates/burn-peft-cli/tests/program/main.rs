@@ -8,6 +8,7 @@ mod policies_rank;
 mod policies_stage;
 mod prompts;
 mod refusals;
+mod selective;
 
 use safetensors::SafeTensors;
 use serde_json::Value;

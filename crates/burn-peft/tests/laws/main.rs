@@ -461,6 +461,7 @@ law!(
 // After the macro, which it uses.
 mod convert;
 mod data_inits;
+mod selective;
 
 #[test]
 fn every_method_is_found_by_its_name() {

@@ -1,7 +1,7 @@
 //! What each method can do, as `docs/methods.md` says it: the table there is this one.
 
 use crate::probe::{Probe, targets};
-use burn_peft::core::{Adapter, Kind, Method, Sites, adapt};
+use burn_peft::core::{Adapter, Kind, Method, Sites, adapt, survey};
 use burn_peft::device;
 use burn_peft::registry::{ForEach, for_each_method};
 use std::path::Path;
@@ -17,6 +17,7 @@ impl ForEach for Rows {
         let sites = Sites::of(&self.1, Some("head"));
         let [linear, _] = targets::<T>(&sites);
         let method = T::samples(&linear).pop().expect("every method has a sample");
+        let method = survey(method, &sites, &self.1).expect("fits");
         let adapters = adapt(&sites, &method, 0, &sites.all[0].device()).expect("fits");
         let (_, adapter) = adapters.iter().next().expect("adapts something");
         let serves = |kind| if T::KINDS.contains(&kind) { "yes" } else { "" };
