@@ -200,7 +200,7 @@ fn a_forward_pass_visits_the_places_that_are_found() {
         let visited = Visited::default();
         forward(&model, &Scope::new(&visited));
         let sites = Sites::of(&model, Some(M::OUTPUT));
-        let found: BTreeSet<String> = sites.all.iter().map(|site| site.path.clone()).collect();
+        let found: BTreeSet<String> = sites.places().map(|site| site.path.clone()).collect();
         assert_eq!(visited.0.into_inner().expect("is whole"), found, "{name}");
         let hidden = sites.all.iter().filter(|site| site.kind == Kind::Hidden);
         assert!(hidden.clone().count() > 5 && hidden.clone().all(|site| site.fan_out() == 32));

@@ -48,6 +48,6 @@ impl Criterion for Smallest {
     }
 
     fn samples() -> Vec<(Self, f64)> {
-        vec![(Self { norms: false }, 0.25), (Self::default(), 0.1)]
+        vec![(Self { norms: false }, 0.5), (Self::default(), 0.1)]
     }
 }
