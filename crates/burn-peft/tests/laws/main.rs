@@ -77,7 +77,7 @@ impl<L: Law> ForEach for Over<'_, L> {
             for (wide, targets) in targets::<T>(&sites).into_iter().enumerate() {
                 for (index, method) in T::samples(&targets).into_iter().enumerate() {
                     // Every operation is slow there: each sample over one of the two, in turn.
-                    if *backend == "wgpu" && index % 2 == wide {
+                    if backend == "wgpu" && index % 2 == wide {
                         continue;
                     }
                     let name = format!("{} sample {index} {wide} on {backend}", T::NAME);
@@ -100,7 +100,7 @@ impl<L: Law> ForEach for Over<'_, L> {
                     self.0.holds(&case);
                 }
             }
-            let whole = *backend != "wgpu";
+            let whole = backend != "wgpu";
             assert!(!whole || served.iter().all(|&count| count > 0), "{}: {served:?}", T::NAME);
         }
     }
