@@ -101,9 +101,8 @@ pub fn rotate(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>) -> Tensor<4> {
 /// `mask [batch or 1, 1, seq or 1, total]` is a constant: 0 where a pair may see each other, a large
 /// negative number where not.
 ///
-/// Fused, no `[seq, total]` matrix is kept: what backward needs are `q`, `k`, `v` and a number a row
-/// (arXiv 2205.14135); what the mask hides at both ends of a row is not computed; a row that sees nothing
-/// comes out as zeros, where the composition comes out with a mean of what was hidden.
+/// Fused, no `[seq, total]` matrix is kept: what backward needs are `q`, `k`, `v` and two numbers a row
+/// (arXiv 2205.14135), and what the mask hides at both ends of a row is not computed.
 pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, mask: Option<Tensor<4>>) -> Tensor<3> {
     match mask {
         Some(mask) => {

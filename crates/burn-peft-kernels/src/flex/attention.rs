@@ -1,7 +1,8 @@
 //! Attention by blocks of query rows, no `[seq, total]` matrix kept.
 //!
-//! `P = softmax(s·Q·Kᵀ + mask)`, `O = P·V`. What is kept of `P` is a number a row, `L = log Σ exp`, so that backward
-//! makes `P = exp(s·Q·Kᵀ + mask − L)` again (arXiv 2205.14135, algorithm 4):
+//! `P = softmax(s·Q·Kᵀ + mask)`, `O = P·V`. What is kept of `P` are two numbers a row, the largest score `m` and `w = 1/Σ exp(· − m)`,
+//! so that backward makes `P = w·exp(s·Q·Kᵀ + mask − m)` again (arXiv 2205.14135, algorithm 4; its one number, `log Σ exp`, would
+//! lose `w` where everything is hidden and `m` is large):
 //! `dV = Pᵀ·dO`, `dP = dO·Vᵀ`, `dS = P∘(dP − rowsum(P∘dP))`, `dQ = s·dS·K`, `dK = s·dSᵀ·Q`.
 // Tasks write their own heads of one output, interleaved; see `Parts`.
 #![allow(unsafe_code)]
@@ -21,7 +22,7 @@ use std::ops::Range;
 /// Query rows that are worked on at once.
 const ROWS: usize = 64;
 
-/// What is below this hides a pair: it adds nothing to a sum of exponentials.
+/// What is below this hides a pair: beside one that is seen, it adds nothing to a sum of exponentials.
 const HIDDEN: f32 = -1e8;
 
 /// The inputs, and what follows from their shapes.
@@ -60,7 +61,8 @@ impl Inputs {
         View::new(of.memory(), offset, Shape::spaced(rows.len(), of.dims[3], of.row_stride()))
     }
 
-    /// The columns that any of these query rows sees.
+    /// The columns that any of these query rows sees; all, if one of them sees nothing, because its weights
+    /// are those of a softmax over all that is hidden.
     fn seen(&self, row: usize, rows: &Range<usize>) -> Range<usize> {
         let total = self.total();
         let Some(mask) = &self.mask else { return 0..total };
@@ -68,7 +70,8 @@ impl Inputs {
         let distinct = if mask.dims[2] == 1 { rows.start..rows.start + 1 } else { rows.clone() };
         for i in distinct {
             let line = mask.row(row, 0, i);
-            start = start.min(line.iter().position(|m| *m > HIDDEN).unwrap_or(total));
+            let Some(first) = line.iter().position(|m| *m > HIDDEN) else { return 0..total };
+            start = start.min(first);
             end = end.max(line.iter().rposition(|m| *m > HIDDEN).map_or(0, |last| last + 1));
         }
         start.min(end)..end
@@ -101,28 +104,29 @@ fn blocks(seq: usize) -> impl Iterator<Item = Range<usize>> {
     (0..seq).step_by(ROWS).map(move |start| start..(start + ROWS).min(seq))
 }
 
-/// The output `[batch, seq, heads·d]`, and `L [batch, heads, seq]`.
-pub(super) fn forward(q: &Dense, k: &Dense, v: &Dense, mask: Option<&Dense>) -> (Dense, Vec<f32>) {
+/// `m` and `w` of each row, `[batch, heads, seq]`.
+type Sums = Vec<[f32; 2]>;
+
+/// The output `[batch, seq, heads·d]`, and what backward needs of `P`.
+pub(super) fn forward(q: &Dense, k: &Dense, v: &Dense, mask: Option<&Dense>) -> (Dense, Sums) {
     let inputs = Inputs::new(q, k, v, mask);
     let [batch, heads, seq, d] = inputs.dims();
-    let mut logs = vec![0.0_f32; batch * heads * seq];
+    let mut sums = vec![[0.0_f32; 2]; batch * heads * seq];
     let out = make([batch, seq, heads * d], |out| {
         let out = Parts::new(out);
-        logs.par_chunks_mut(seq.max(1)).enumerate().for_each(|(task, logs)| {
+        sums.par_chunks_mut(seq.max(1)).enumerate().for_each(|(task, sums)| {
             let (row, head) = (task / heads, task % heads);
             let mut scores = vec![0.0_f32; ROWS.min(seq) * inputs.total()];
             for rows in blocks(seq) {
                 let seen = inputs.seen(row, &rows);
                 if seen.is_empty() {
-                    logs[rows].fill(f32::INFINITY); // P = 0
-                    continue;
+                    continue; // there are no keys
                 }
                 let scores = &mut scores[..rows.len() * seen.len()];
                 inputs.scores(row, head, &rows, &seen, scores);
-                let mut weights = [0.0_f32; ROWS];
-                let lines = scores.chunks_exact_mut(seen.len());
-                for ((line, log), weight) in lines.zip(&mut logs[rows.clone()]).zip(&mut weights) {
-                    (*log, *weight) = vectorized(
+                let sums = &mut sums[rows.clone()];
+                for (line, sums) in scores.chunks_exact_mut(seen.len()).zip(sums.iter_mut()) {
+                    *sums = vectorized(
                         #[inline(always)]
                         || soften(line),
                     );
@@ -134,26 +138,21 @@ pub(super) fn forward(q: &Dense, k: &Dense, v: &Dense, mask: Option<&Dense>) -> 
                 let p = View::new(scores, 0, Shape::rows(rows.len(), seen.len()));
                 let v = Inputs::part(&inputs.v, row, inputs.group(head), &seen);
                 matmul(&mut out, false, 1.0, p, v, true);
-                for (i, weight) in weights[..rows.len()].iter().enumerate() {
+                for (i, [_, weight]) in sums.iter().enumerate() {
                     out.row(i).iter_mut().for_each(|x| *x *= weight);
                 }
             }
         });
     });
-    (out, logs)
+    (out, sums)
 }
 
-/// Turns scores into `exp(score − largest)`; returns `L` and the reciprocal of their sum.
+/// Turns scores into `exp(score − m)`; returns `m` and `w`.
 #[inline(always)]
-fn soften(line: &mut [f32]) -> (f32, f32) {
+fn soften(line: &mut [f32]) -> [f32; 2] {
     let top = largest(line);
-    if top <= HIDDEN {
-        line.fill(0.0);
-        return (f32::INFINITY, 0.0);
-    }
     line.iter_mut().for_each(|score| *score = exp(*score - top));
-    let total = sum(line);
-    (top + total.ln(), 1.0 / total)
+    [top, 1.0 / sum(line)]
 }
 
 /// What backward needs.
@@ -163,7 +162,7 @@ struct State {
     k: Dense,
     v: Dense,
     mask: Option<Dense>,
-    logs: Vec<f32>,
+    sums: Sums,
 }
 
 /// Gradients of queries, keys and values, each laid out as `[batch, seq, heads, d]` in memory.
@@ -204,12 +203,12 @@ fn gradients(g: &Dense, state: &State) -> [Dense; 3] {
                 .map(|(of, at, range)| Inputs::part(of, row, at, range));
                 let block = Shape::rows(rows.len(), seen.len());
                 matmul(&mut ViewMut::new(dp, block), false, 1.0, g, v.transposed(), true);
-                let logs = &state.logs[(row * heads + head) * seq..][rows.clone()];
+                let sums = &state.sums[(row * heads + head) * seq..][rows.clone()];
                 vectorized(
                     #[inline(always)]
                     || {
-                        for (line, log) in p.chunks_exact_mut(seen.len()).zip(logs) {
-                            line.iter_mut().for_each(|score| *score = exp(*score - log));
+                        for (line, [top, weight]) in p.chunks_exact_mut(seen.len()).zip(sums) {
+                            line.iter_mut().for_each(|score| *score = exp(*score - top) * weight);
                         }
                         for (p, dp) in
                             p.chunks_exact(seen.len()).zip(dp.chunks_exact_mut(seen.len()))
@@ -261,12 +260,12 @@ pub(super) fn tracked<C: CheckpointStrategy>(
     v: Tracked,
     mask: Option<Dense>,
 ) -> Tracked {
-    let (y, logs) = forward(q.primitive(), k.primitive(), v.primitive(), mask.as_ref());
+    let (y, sums) = forward(q.primitive(), k.primitive(), v.primitive(), mask.as_ref());
     let nodes = [q.node(), k.node(), v.node()];
     match Step.prepare::<C>(nodes).compute_bound().stateful() {
         OpsKind::Tracked(prep) => {
             let [q, k, v] = [q, k, v].map(Tracked::into_primitive);
-            prep.finish(State { q, k, v, mask, logs }, y)
+            prep.finish(State { q, k, v, mask, sums }, y)
         }
         OpsKind::UnTracked(prep) => prep.finish(y),
     }
