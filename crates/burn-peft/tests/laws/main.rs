@@ -10,6 +10,7 @@ mod hf_convolutions;
 mod hf_methods;
 mod matrix;
 mod mixed;
+mod names;
 mod other_models;
 mod probe;
 mod prompts;
@@ -19,10 +20,10 @@ use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft::core::{
     Adapter, AdapterConfig, Adapters, BASE, Bank, Error, Folded, Folds, Method, Scope, Sites,
-    Targets, Trained, Value, adapt, load, merge, save, survey, trained_parameters,
+    Trained, Value, adapt, load, merge, save, survey, trained_parameters,
 };
 use burn_peft::device;
-use burn_peft::registry::{ForEach, NAMES, for_each_method};
+use burn_peft::registry::{ForEach, for_each_method};
 use probe::{Drawn, Probe, all_values, close, fresh, ids, serves_linear, targets, values};
 use std::panic::Location;
 
@@ -76,10 +77,6 @@ impl<L: Law> ForEach for Over<'_, L> {
             let mut served = [0, 0];
             for (wide, targets) in targets::<T>(&sites).into_iter().enumerate() {
                 for (index, method) in T::samples(&targets).into_iter().enumerate() {
-                    // Every operation is slow there: each sample over one of the two, in turn.
-                    if backend == "wgpu" && index % 2 == wide {
-                        continue;
-                    }
                     let name = format!("{} sample {index} {wide} on {backend}", T::NAME);
                     let method = survey(method, &sites, &model);
                     let case = Case {
@@ -100,8 +97,7 @@ impl<L: Law> ForEach for Over<'_, L> {
                     self.0.holds(&case);
                 }
             }
-            let whole = backend != "wgpu";
-            assert!(!whole || served.iter().all(|&count| count > 0), "{}: {served:?}", T::NAME);
+            assert!(served.iter().all(|&count| count > 0), "{}: {served:?}", T::NAME);
         }
     }
 }
@@ -157,12 +153,16 @@ law!(
 );
 
 law!(
-    /// Adapters that don't count leave the plain forward's numbers, bit for bit; and these are Burn's own,
-    /// but for the rounding of fused operations.
+    /// Adapters that don't count leave the plain forward's numbers, bit for bit; and these are Burn's own, bit
+    /// for bit where operations are Burn's, and but for rounding where they are fused.
     off_is_the_base,
     |case| {
         let base = case.forward(&Scope::plain());
-        close(&base, &values(case.model.plain(&case.ids)), &case.name);
+        let burns = values(case.model.plain(&case.ids));
+        match device::by_name("flex").is_ok_and(|flex| flex == case.device) {
+            true => close(&base, &burns, &case.name),
+            false => assert_eq!(base, burns, "{}", case.name),
+        }
         let mut bank = Bank::new();
         bank.insert("one", case.trained(1).valid());
         let none = bank.mix(&[("one", 0.0)]).expect("is held");
@@ -467,47 +467,3 @@ law!(
 mod convert;
 mod data_inits;
 mod selective;
-
-#[test]
-fn every_method_is_found_by_its_name() {
-    struct Ask;
-    impl burn_peft::registry::Job for Ask {
-        type Output = &'static str;
-        fn run<T: Method>(self) -> &'static str {
-            T::NAME
-        }
-    }
-    for name in NAMES {
-        let lower = name.to_lowercase();
-        assert_eq!(burn_peft::registry::with_method(&lower, Ask).expect("is listed"), *name);
-    }
-    let unknown = burn_peft::registry::with_method("nonsense", Ask).expect_err("is not listed");
-    assert!(unknown.to_string().contains(NAMES[0]));
-}
-
-#[test]
-fn targets_that_match_nothing_list_near_names() {
-    let model = Probe::new(&device::by_name(device::names()[0]).expect("is in the build"));
-    let sites = Sites::of(&model, Some("head"));
-    struct Refused<'a>(&'a Sites);
-    impl ForEach for Refused<'_> {
-        fn visit<T: Method>(&mut self) {
-            let asks = |method: &T| method.targets().target_modules.is_some();
-            let near = self.0.all.iter().find(|site| T::KINDS.contains(&site.kind));
-            let near = near.and_then(|site| site.path.rsplit('.').next()).unwrap_or_default();
-            let near = if serves_linear::<T>() { "query" } else { near };
-            for method in T::samples(&Targets::list(["quary"])).into_iter().filter(asks) {
-                let device = self.0.all[0].device().autodiff();
-                let said =
-                    adapt(self.0, &method, 0, &device).expect_err("matches nothing").to_string();
-                assert!(said.contains("`quary`") && said.contains(near), "{said}");
-            }
-        }
-    }
-    for_each_method(&mut Refused(&sites));
-}
-
-#[test]
-fn the_example_runs() {
-    any_model::main();
-}
