@@ -1,6 +1,7 @@
 //! LLaMA-Adapter: prompts that an attention reads through a gate, which is shut at first (arXiv 2303.16199).
 
-use crate::prompt::{attentions, between, normal, only_saved};
+use crate::numbers::STANDARD;
+use crate::prompt::{attentions, between, only_saved};
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::activation::softmax;
@@ -161,7 +162,7 @@ impl Method for AdaptionPrompt {
         rng: &mut ChaCha8Rng,
         device: &Device,
     ) -> Result<GatedPrompt, Error> {
-        let prompt = normal([self.adapter_len, site.fan_in()], rng, device);
+        let prompt = STANDARD.tensor([self.adapter_len, site.fan_in()], rng, device);
         Ok(Self::adapter(prompt, Tensor::zeros([1], device)))
     }
 

@@ -27,6 +27,9 @@ pub(crate) enum Draw {
     Truncated(f32),
 }
 
+/// `N(0, 1)`, as PyTorch draws an embedding.
+pub(crate) const STANDARD: Draw = Draw::Normal(0.0, 1.0);
+
 impl Draw {
     /// A tensor of this shape.
     pub(crate) fn tensor<const D: usize>(

@@ -1,8 +1,10 @@
 //! P-tuning: virtual tokens that come out of a small network while they are trained (arXiv 2103.10385).
 
+use crate::fields::probability;
+use crate::numbers::STANDARD;
 use crate::p_tuning_encoder::PromptEncoder;
 use crate::prompt::{
-    EMBEDDINGS, PREFIXES, UNREAD, VirtualTokens, between, normal, only_saved, saved_only, words,
+    EMBEDDINGS, PREFIXES, UNREAD, VirtualTokens, between, only_saved, saved_only, words,
 };
 use crate::prompt_tuning::{Prompt, restored};
 use burn::module::{Module, Param};
@@ -126,14 +128,7 @@ impl Method for PTuning {
         if let Some(hidden) = self.encoder_hidden_size {
             between("encoder_hidden_size", hidden, 1, 1 << 16)?;
         }
-        match (0.0..1.0).contains(&self.encoder_dropout) {
-            true => Ok(()),
-            false => {
-                let found = self.encoder_dropout;
-                let reason = format!("expected a probability in [0, 1), found {found}");
-                Err(Error::config("encoder_dropout", reason))
-            }
-        }
+        probability("encoder_dropout", self.encoder_dropout)
     }
 
     fn starts_as_identity(&self) -> bool {
@@ -149,7 +144,7 @@ impl Method for PTuning {
     ) -> Result<EncodedPrompt, Error> {
         let (n, width) = (self.virtual_tokens.num_virtual_tokens, site.fan_out());
         self.virtual_tokens.fits(site, width)?;
-        let prompt_embeddings = Param::from_tensor(normal([n, width], rng, device));
+        let prompt_embeddings = Param::from_tensor(STANDARD.tensor([n, width], rng, device));
         let h = self.encoder_hidden_size.unwrap_or(width);
         let encoder = match self.encoder_reparameterization_type {
             Reparameterization::Mlp => PromptEncoder::mlp(width, h, rng, device),

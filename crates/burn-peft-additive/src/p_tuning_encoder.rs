@@ -1,6 +1,7 @@
 //! The networks out of which P-tuning's virtual tokens come while they are trained.
 
-use crate::prompt::{dense, uniform};
+use crate::numbers::Draw;
+use crate::prompt::dense;
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig, Linear};
 use burn::tensor::activation::{relu, sigmoid};
@@ -42,8 +43,8 @@ impl Lstm {
     fn new(width: usize, h: usize, rng: &mut ChaCha8Rng, device: &Device) -> Self {
         let bound = (1.0 / h as f32).sqrt();
         let mut layer = |fan_in| Linear {
-            weight: Param::from_tensor(uniform([fan_in, 4 * h], bound, rng, device)),
-            bias: Some(Param::from_tensor(uniform([4 * h], bound, rng, device))),
+            weight: Param::from_tensor(Draw::Uniform(bound).tensor([fan_in, 4 * h], rng, device)),
+            bias: Some(Param::from_tensor(Draw::Uniform(bound).tensor([4 * h], rng, device))),
         };
         Self { input: layer(width), hidden: layer(h) }
     }

@@ -1,8 +1,9 @@
 //! Prefix tuning: trained keys and values in front of those of every attention (arXiv 2101.00190).
 
+use crate::numbers::STANDARD;
 use crate::prompt::{
-    EMBEDDINGS, PREFIXES, UNREAD, VirtualTokens, agree, attentions, between, dense, normal,
-    only_saved, saved_only,
+    EMBEDDINGS, PREFIXES, UNREAD, VirtualTokens, agree, attentions, between, dense, only_saved,
+    saved_only,
 };
 use burn::module::{Module, Param};
 use burn::nn::Linear;
@@ -191,7 +192,7 @@ impl Method for PrefixTuning {
     ) -> Result<Blocks, Error> {
         let (n, width) = (self.virtual_tokens.num_virtual_tokens, self.width(sites)?);
         let encoder = self.prefix_projection.then(|| {
-            let table = Param::from_tensor(normal([n, width], rng, device));
+            let table = Param::from_tensor(STANDARD.tensor([n, width], rng, device));
             (table, dense(width, self.hidden(width), rng, device))
         });
         Ok(Blocks { encoder, ..self.blocks(sites) })
@@ -217,7 +218,7 @@ impl Method for PrefixTuning {
         }
         let table = match self.zero() {
             true => Tensor::zeros([n, 2 * width], device),
-            false => normal([n, 2 * width], rng, device),
+            false => STANDARD.tensor([n, 2 * width], rng, device),
         };
         Ok(Prefix { table: Param::from_tensor(table), encoder: None, layer })
     }

@@ -1,10 +1,9 @@
 //! What all methods have in common that set something in front of a sequence.
 
-use burn::tensor::{Device, Tensor, TensorData};
+use crate::numbers::Draw;
+use burn::tensor::Device;
 use burn_peft_core::{Error, Kind, Site, Sites, Targets};
-use rand::RngExt;
 use rand::rngs::ChaCha8Rng;
-use rand_distr::StandardNormal;
 use serde::{Deserialize, Serialize};
 
 /// What stands before the names in HF PEFT's file: the virtual tokens belong to the model as a whole, and a
@@ -153,29 +152,6 @@ pub(crate) fn only_saved(targets: &Targets) -> Targets {
     Targets { modules_to_save: targets.modules_to_save.clone(), ..Targets::default() }
 }
 
-/// `U(-bound, bound)`.
-pub(crate) fn uniform<const D: usize>(
-    shape: [usize; D],
-    bound: f32,
-    rng: &mut ChaCha8Rng,
-    device: &Device,
-) -> Tensor<D> {
-    let count = shape.iter().product();
-    let values = (0..count).map(|_| (2.0 * rng.random::<f32>() - 1.0) * bound).collect();
-    Tensor::from_data(TensorData::new::<f32, _>(values, shape), device)
-}
-
-/// `N(0, 1)`, as PyTorch draws an embedding.
-pub(crate) fn normal<const D: usize>(
-    shape: [usize; D],
-    rng: &mut ChaCha8Rng,
-    device: &Device,
-) -> Tensor<D> {
-    let count = shape.iter().product();
-    let values = (0..count).map(|_| rng.sample::<f32, _>(StandardNormal)).collect();
-    Tensor::from_data(TensorData::new::<f32, _>(values, shape), device)
-}
-
 /// A linear layer of an encoder as PyTorch draws it, weight and bias `U(±1/√fan_in)`.
 pub(crate) fn dense(
     fan_in: usize,
@@ -184,8 +160,8 @@ pub(crate) fn dense(
     device: &Device,
 ) -> burn::nn::Linear {
     use burn::module::Param;
-    let bound = (1.0 / fan_in as f32).sqrt();
-    let weight = Param::from_tensor(uniform([fan_in, fan_out], bound, rng, device));
-    let bias = Some(Param::from_tensor(uniform([fan_out], bound, rng, device)));
+    let draw = Draw::Uniform((1.0 / fan_in as f32).sqrt());
+    let weight = Param::from_tensor(draw.tensor([fan_in, fan_out], rng, device));
+    let bias = Some(Param::from_tensor(draw.tensor([fan_out], rng, device)));
     burn::nn::Linear { weight, bias }
 }

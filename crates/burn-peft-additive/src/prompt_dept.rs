@@ -1,8 +1,8 @@
 //! DePT: a short prompt, and a low-rank change of the words' embeddings by their positions (arXiv 2309.05173).
 
+use crate::numbers::{Draw, STANDARD};
 use crate::prompt::{
-    EMBEDDINGS, PREFIXES, UNREAD, VirtualTokens, between, normal, only_saved, saved_only, uniform,
-    words,
+    EMBEDDINGS, PREFIXES, UNREAD, VirtualTokens, between, only_saved, saved_only, words,
 };
 use burn::module::{Module, Param};
 use burn::tensor::module::linear;
@@ -142,8 +142,8 @@ impl Method for DePt {
     ) -> Result<DecomposedPrompt, Error> {
         self.virtual_tokens.fits(site, site.fan_out())?;
         let [prompt, a, b] = self.shapes(site);
-        let prompt = normal(prompt, rng, device);
-        let a = uniform(a, (1.0 / self.r as f32).sqrt(), rng, device);
+        let prompt = STANDARD.tensor(prompt, rng, device);
+        let a = Draw::Uniform((1.0 / self.r as f32).sqrt()).tensor(a, rng, device);
         Ok(Self::adapter([prompt, a, Tensor::zeros(b, device)]))
     }
 

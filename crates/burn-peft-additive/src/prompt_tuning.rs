@@ -1,6 +1,7 @@
 //! Prompt tuning: trained virtual tokens in front of the embedded ones (arXiv 2104.08691).
 
-use crate::prompt::{EMBEDDINGS, PREFIXES, VirtualTokens, normal, only_saved, saved_only, words};
+use crate::numbers::STANDARD;
+use crate::prompt::{EMBEDDINGS, PREFIXES, VirtualTokens, only_saved, saved_only, words};
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft_core::{
@@ -172,7 +173,7 @@ impl Method for PromptTuning {
                 let rows = table.without_autodiff().select(0, ids).into_data().convert::<f32>();
                 Tensor::from_data(rows, device)
             }
-            _ => normal([n, width], rng, device),
+            _ => STANDARD.tensor([n, width], rng, device),
         };
         Ok(Prompt { prompt_embeddings: Param::from_tensor(drawn) })
     }

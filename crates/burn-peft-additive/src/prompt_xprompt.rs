@@ -1,7 +1,8 @@
 //! XPrompt: a prompt that is pruned by tokens and by pieces of tokens, and trained again (arXiv 2210.04457).
 
+use crate::numbers::STANDARD;
 use crate::prompt::{
-    EMBEDDINGS, PREFIXES, UNREAD, VirtualTokens, between, normal, only_saved, saved_only, words,
+    EMBEDDINGS, PREFIXES, UNREAD, VirtualTokens, between, only_saved, saved_only, words,
 };
 use crate::prompt_tuning::restored;
 use crate::prompt_xprompt_policy::Pruning;
@@ -162,7 +163,7 @@ impl Method for XPrompt {
         let (n, width) = (self.virtual_tokens.num_virtual_tokens, site.fan_out());
         self.virtual_tokens.fits(site, width)?;
         between("num_pieces", self.num_pieces, 1, width)?;
-        Ok(PrunedPrompt::new(normal([n, width], rng, device)))
+        Ok(PrunedPrompt::new(STANDARD.tensor([n, width], rng, device)))
     }
 
     fn planned(self, steps: usize) -> Self {

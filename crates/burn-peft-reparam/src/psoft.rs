@@ -3,6 +3,7 @@
 use crate::common::{drop, finite, positive, probability};
 use crate::orthogonal::{MOST_TERMS, Skew, cayley, identity, neumann};
 use crate::random::normal;
+use crate::source::laid_out;
 use burn::linalg::svd;
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig, Linear};
@@ -159,13 +160,6 @@ fn shortened(q: Tensor<3>, eps: Option<f64>) -> Tensor<3> {
     q * (square.sqrt().recip() * eps).unsqueeze()
 }
 
-/// The same numbers laid out row by row: a transposed view is multiplied in another order, and what was
-/// read must give what was written, bit for bit.
-fn in_order(factor: Tensor<2>) -> Tensor<2> {
-    let device = factor.device();
-    Tensor::from_data(factor.into_data(), &device)
-}
-
 impl Adapter for PsoftAdapter {
     fn linear(&self, _layer: &Linear, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
         let change = self.change();
@@ -267,13 +261,14 @@ impl Psoft {
         [b, a]: [Option<Tensor<1>>; 2],
         factors: (Tensor<2>, Tensor<2>),
     ) -> PsoftAdapter {
+        let plain = factors.0.device().without_autodiff();
         PsoftAdapter {
             skew: self.psoft_orth.then(|| Skew::new(self.r, &weight.device())),
             weight: Param::from_tensor(weight),
             vector_b: b.map(Param::from_tensor),
             vector_a: a.map(Param::from_tensor),
-            psoft_a: in_order(factors.0.without_autodiff()),
-            psoft_b: in_order(factors.1.without_autodiff()),
+            psoft_a: laid_out(factors.0.without_autodiff(), &plain),
+            psoft_b: laid_out(factors.1.without_autodiff(), &plain),
             dropout: DropoutConfig::new(self.psoft_dropout).init(),
             scaling: self.scaling(),
             terms: self.use_cayley_neumann.then_some(self.num_cayley_neumann_terms),
