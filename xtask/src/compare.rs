@@ -152,22 +152,13 @@ fn take(line: &mut Line<'_>, job: &Job<'_>, desk: &Desk) -> Result<(), Failure> 
 
 /// Writes what is known so far.
 fn report(output: &Path, head: &Head, lines: &[Line<'_>]) -> Result<(), Failure> {
-    write(&output.join("compare.md"), table::markdown(head, lines).as_bytes())?;
+    places::write(&output.join("compare.md"), table::markdown(head, lines).as_bytes())?;
     let json = format!("{:#}\n", table::json(head, lines));
-    write(&output.join("compare.json"), json.as_bytes())?;
+    places::write(&output.join("compare.json"), json.as_bytes())?;
     match picture::svg(&format!("Methods on {}", head.model), lines)? {
-        Some(svg) => write(&output.join("compare.svg"), svg.as_bytes()),
+        Some(svg) => places::write(&output.join("compare.svg"), svg.as_bytes()),
         None => Ok(()),
     }
-}
-
-/// A file that is whole or not there.
-fn write(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let fresh = tempfile::NamedTempFile::new_in(folder);
-    let fresh = fresh.and_then(|mut file| file.write_all(bytes).map(|()| file));
-    let done = fresh.and_then(|file| file.persist(path).map_err(std::io::Error::from));
-    done.map(drop).map_err(|e| Failure::at(path, e))
 }
 
 /// The last part of a folder's path.
@@ -216,7 +207,7 @@ fn together(folder: &Path, file: &Path) -> Result<(PathBuf, usize), Failure> {
     };
     let (mut text, more) = (read("validation.tsv")?, read("test.tsv")?);
     text.extend(more.split_inclusive('\n').skip(1));
-    write(file, text.as_bytes())?;
+    places::write(file, text.as_bytes())?;
     Ok((file.to_owned(), text.lines().count() - 1))
 }
 

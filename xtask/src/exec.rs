@@ -56,6 +56,15 @@ pub(crate) fn logged(command: &mut Command, log: &Path) -> Result<Vec<u8>, Failu
 
 /// Builds the program `burn-peft` and says where it lies.
 pub(crate) fn build_program(features: &[&str]) -> Result<PathBuf, Failure> {
+    build("burn-peft", "bin", features)
+}
+
+/// Builds the example `measure` of the benchmarks and says where it lies.
+pub(crate) fn build_measure() -> Result<PathBuf, Failure> {
+    build("measure", "example", &[])
+}
+
+fn build(name: &str, kind: &str, features: &[&str]) -> Result<PathBuf, Failure> {
     let format = "--message-format=json-render-diagnostics";
     // With the tests, whose dependencies ask for other features of Burn's: it is compiled once.
     let mut command = cargo(["test", "--no-run", "--quiet", "--workspace", format]);
@@ -64,15 +73,16 @@ pub(crate) fn build_program(features: &[&str]) -> Result<PathBuf, Failure> {
         command.arg("--features").arg(features.join(","));
     }
     let messages = output(&mut command)?;
-    let built = String::from_utf8_lossy(&messages).lines().rev().find_map(executable);
-    built.ok_or_else(|| Failure::new("cargo built burn-peft but did not say where it lies"))
+    let messages = String::from_utf8_lossy(&messages);
+    let built = messages.lines().rev().find_map(|line| executable(line, name, kind));
+    built.ok_or_else(|| Failure::new(format!("cargo built {name} but did not say where it lies")))
 }
 
-fn executable(line: &str) -> Option<PathBuf> {
+fn executable(line: &str, name: &str, kind: &str) -> Option<PathBuf> {
     let message: Value = serde_json::from_str(line).ok()?;
-    let ours = message["target"]["name"] == "burn-peft" && message["target"]["kind"][0] == "bin";
+    let asked = message["target"]["name"] == name && message["target"]["kind"][0] == kind;
     let tests = message["profile"]["test"] == true;
-    message["executable"].as_str().filter(|_| ours && !tests).map(PathBuf::from)
+    message["executable"].as_str().filter(|_| asked && !tests).map(PathBuf::from)
 }
 
 fn not_started(command: &Command, error: &std::io::Error) -> Failure {
@@ -96,6 +106,7 @@ mod tests {
     #[test]
     fn the_built_program_is_found_among_cargos_messages() {
         let line = r#"{"reason":"compiler-artifact","target":{"kind":["bin"],"name":"burn-peft"},"executable":"/t/debug/burn-peft"}"#;
+        let executable = |line: &str| executable(line, "burn-peft", "bin");
         assert_eq!(executable(line), Some(PathBuf::from("/t/debug/burn-peft")));
         let tests = line.replace("\"executable\"", "\"profile\":{\"test\":true},\"executable\"");
         assert_eq!(executable(&tests), None);

@@ -36,7 +36,7 @@ enum Verb {
     Test(test::TestArgs),
     /// Run every check that a change must pass
     Ci(ci::CiArgs),
-    /// Compare the factored step with Burn's own
+    /// Measure steps: ours, Burn's own, and HF PEFT's
     Bench(bench::BenchArgs),
     /// Train every method on one task and tell how they fare
     Compare(compare::CompareArgs),

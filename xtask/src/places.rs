@@ -1,6 +1,7 @@
 //! Where things lie.
 
 use crate::failure::Failure;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// The repository.
@@ -23,4 +24,13 @@ pub(crate) fn cache() -> Result<PathBuf, Failure> {
 /// Makes a folder and those above it.
 pub(crate) fn make(folder: &Path) -> Result<(), Failure> {
     std::fs::create_dir_all(folder).map_err(|e| Failure::at(folder, e))
+}
+
+/// A file that is whole or not there.
+pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let fresh = tempfile::NamedTempFile::new_in(folder);
+    let fresh = fresh.and_then(|mut file| file.write_all(bytes).map(|()| file));
+    let done = fresh.and_then(|file| file.persist(path).map_err(std::io::Error::from));
+    done.map(drop).map_err(|e| Failure::at(path, e))
 }

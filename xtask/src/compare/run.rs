@@ -124,7 +124,7 @@ impl Job<'_> {
         };
         let measured = Measured { seconds: start.elapsed().as_secs_f64(), ..measured };
         let run = json!({"settings": self.settings(desk), "measured": measured});
-        super::write(&self.file(desk, "json"), format!("{run:#}\n").as_bytes())?;
+        crate::places::write(&self.file(desk, "json"), format!("{run:#}\n").as_bytes())?;
         fs::remove_dir_all(&folder).map_err(|e| Failure::at(&folder, e))?;
         Ok(measured)
     }
