@@ -19,6 +19,7 @@ mod tuned;
 pub use checkpoint::CHECKPOINT_FOLDER;
 pub use error::TrainError;
 pub use feed::{Collate, EvalFeed, TrainFeed};
+pub use optim::clip;
 pub use options::{BestBy, Options, Schedule};
 pub use progress::{Console, Event, MetricsFile, Observer};
 pub use run::{Fitted, Run};

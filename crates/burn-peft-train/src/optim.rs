@@ -165,7 +165,7 @@ impl ModuleVisitor for Scale {
 
 /// Scales all gradients so that their norm together, `√Σ g²`, is at most `max_norm`; returns the
 /// norm before. Burn clips each parameter by itself, which is another method.
-pub(crate) fn clip<M: Module>(
+pub fn clip<M: Module>(
     module: &M,
     grads: GradientsParams,
     max_norm: f64,
