@@ -37,6 +37,8 @@ impl<A: Module + ModuleDisplay + Fold + Sync + 'static> Reparameterization for A
         ) -> Tensor<R> {
             [adapter, copy].into_iter().flatten().fold(base, |sum, delta| sum + delta)
         }
+        // A quantized base is met in floats.
+        let base = base.dequantize();
         let shape = base.dims();
         let folds = (self.adapter.as_ref(), self.copy.as_ref());
         match Value::new(base.clone()) {
@@ -146,6 +148,9 @@ fn check<M: Module>(model: &M, folds: &dyn Folds) -> Result<(), Error> {
 
 /// A plain model with the adapters folded in: `W' = W + Σ wᵢ·Δᵢ(W)`. The old model is still there.
 ///
+/// Of a quantized base the weights that change come out in floats: rounded again, they would lose what was
+/// trained.
+///
 /// # Errors
 /// A path of the adapters that the model does not have, a bias for a layer that has none, or a
 /// merged weight that is not finite
@@ -210,7 +215,7 @@ impl ModuleMapper for Merger<'_> {
         let Some((place, name)) = split(&path) else {
             return param;
         };
-        let base = param.base().without_autodiff();
+        let base = param.base().without_autodiff().dequantize();
         let shape = base.dims();
         let merged: Option<Tensor<D>> = match (Value::new(base.clone()), name) {
             (Some(Value::D1(v)), "bias") => {

@@ -466,4 +466,5 @@ law!(
 // After the macro, which it uses.
 mod convert;
 mod data_inits;
+mod quantized;
 mod selective;
