@@ -132,6 +132,8 @@ METHODS = {
         "monteclora": dict(targets="two", r=4, lora_alpha=6, lora_dropout=0.1, monteclora_config=dict(
             num_samples=4, use_entropy=True, dirichlet_prior=0.3, sample_scaler=0.01, kl_loss_weight=0.001, buffer_size=5)),
         "monteclora-bias": dict(models=["bert"], targets="wide", r=3, lora_bias=True, monteclora_config=dict(buffer_size=2)),
+        "velora": dict(targets="two", r=4, lora_alpha=6, lora_dropout=0.1, velora_config=dict(num_groups=8)),
+        "velora-random": dict(targets="thin", r=3, velora_config=dict(num_groups=5, scale=0.5, init_type="random")),
     },
     "MissConfig": {
         "miss": dict(targets="two", r=4, miss_dropout=0.1, bias="MiSS_only"),

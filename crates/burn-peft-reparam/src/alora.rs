@@ -6,7 +6,7 @@ use burn_peft_core::{Error, Kind, SeenTokens, Sites};
 
 /// aLoRA (arXiv 2504.12397, section 3): the difference is LoRA's on the tokens of the last invocation in a row and on all
 /// that follow, and nothing before, so that keys and values of what stands before are the base model's. A row without an
-/// invocation is the base model's.
+/// invocation is the base model's. Documents that are packed into one row are one row.
 ///
 /// Trains what LoRA trains. It does not fold: no weight knows of tokens. What a model reads is told by
 /// [`Scope::reading`](burn_peft_core::Scope::reading); a place that is told of no tokens stays frozen. In HF PEFT that is

@@ -189,7 +189,6 @@ impl Method for Lora {
         ("megatron_core", &["\"megatron.core\""]),
         ("target_parameters", &[]),
         ("trainable_token_indices", &[]),
-        ("velora_config", &[]), // another backward pass of the same function
     ];
 
     const FASTER: &'static [&'static str] = &["lora_b"];
@@ -388,6 +387,7 @@ impl Method for Lora {
                 tensors.push((DIAGONAL, kasa.lora_diag.val().into_data()));
             }
             Some(LoraVariant::Monteclora(sampler)) => tensors.extend(sampler.tensors()),
+            Some(LoraVariant::Velora(velora)) => tensors.extend(velora.tensors()),
             _ => {}
         }
         tensors

@@ -112,7 +112,11 @@ impl LoraAdapter {
             None => unbiased(y, &layer.bias, 2),
         };
         let delta = self.effect(x, y, 2, &layer.weight, own, |x, a, b| {
-            let h = linear(x, a, None) * self.scaling; // [batch, seq, r]
+            let h = match &self.variant {
+                Some(LoraVariant::Velora(velora)) => velora.product(x, a),
+                _ => linear(x, a, None),
+            };
+            let h = h * self.scaling; // [batch, seq, r]
             linear(h, b, self.lora_bias.as_ref().map(|bias| bias.val() * self.scaling))
         })?;
         Some(match &self.variant {

@@ -9,6 +9,7 @@ use crate::kasa::{Kasa, KasaConfig};
 use crate::lora::{Lora, LoraAdapter};
 use crate::monteclora::{Monteclora, MontecloraConfig};
 use crate::qalora::{Pooled, groups};
+use crate::velora::{Velora, VeloraConfig, VeloraInit};
 use burn::module::Module;
 use burn::tensor::Tensor;
 use burn_peft_core::{Error, Kind, PlaceTensors, Site, Sites};
@@ -28,6 +29,8 @@ pub struct LoraVariants {
     pub alora_invocation_tokens: Option<Vec<u32>>,
     /// MonteCLoRA: training draws `A` from a distribution around it.
     pub monteclora_config: Option<MontecloraConfig>,
+    /// VeLoRA: the backward pass keeps projections of the inputs.
+    pub velora_config: Option<VeloraConfig>,
     /// QA-LoRA: inputs are pooled in groups.
     pub use_qalora: bool,
     /// Inputs in a group of QA-LoRA; default 16.
@@ -41,6 +44,7 @@ impl Default for LoraVariants {
             use_bdlora: None,
             alora_invocation_tokens: None,
             monteclora_config: None,
+            velora_config: None,
             use_qalora: false,
             qalora_group_size: 16,
         }
@@ -60,6 +64,8 @@ pub enum LoraVariant {
     ALora(Invocation),
     /// MonteCLoRA.
     Monteclora(Monteclora),
+    /// VeLoRA.
+    Velora(Velora),
     /// QA-LoRA.
     QaLora(Pooled),
 }
@@ -73,13 +79,14 @@ impl LoraVariant {
             Self::BdLora(_) => "use_bdlora",
             Self::ALora(_) => "alora_invocation_tokens",
             Self::Monteclora(_) => "monteclora_config",
+            Self::Velora(_) => "velora_config",
             Self::QaLora(_) => "use_qalora",
         }
     }
 
     /// Whether the difference is `s·A·B` and nothing more, with `A` and `B` as they act.
     pub(crate) fn is_product(&self) -> bool {
-        matches!(self, Self::BdLora(_) | Self::Monteclora(_) | Self::QaLora(_))
+        !matches!(self, Self::Dora(_) | Self::Kasa(_) | Self::ALora(_))
     }
 
     /// `A` and `B` as they act: `s·A·B` is the difference, or the part of it that is a product.
@@ -88,7 +95,7 @@ impl LoraVariant {
             Self::Kasa(kasa) => (kasa.scaled(a), b),
             Self::BdLora(blocks) => blocks.whole((a, b)),
             Self::QaLora(pooled) => pooled.whole((a, b)),
-            Self::Dora(_) | Self::ALora(_) | Self::Monteclora(_) => (a, b),
+            Self::Dora(_) | Self::ALora(_) | Self::Monteclora(_) | Self::Velora(_) => (a, b),
         }
     }
 }
@@ -123,6 +130,8 @@ impl LoraVariants {
             kl_loss_weight: 1e-3,
             buffer_size: 10,
         };
+        let velora = |config| Self { velora_config: Some(config), ..none() };
+        let fixed = VeloraConfig { num_groups: 3, scale: 2.0, init_type: VeloraInit::Random };
         let qa = Self { use_qalora: true, qalora_group_size: 4, ..none() };
         let random = Lora { init_lora_weights: Init::Random, ..plain.clone() };
         let dropping = Lora { lora_dropout: 0.1, ..plain.clone() };
@@ -134,6 +143,8 @@ impl LoraVariants {
             of(invoked(&[7]), dropping.clone()),
             of(monte(MontecloraConfig::default()), dropping.clone()),
             of(monte(sampled), Lora { lora_bias: true, ..random.clone() }),
+            of(velora(VeloraConfig { num_groups: 4, ..VeloraConfig::default() }), dropping.clone()),
+            of(velora(fixed), random),
             of(qa, dropping),
         ]
     }
@@ -146,6 +157,7 @@ impl LoraVariants {
             (self.use_bdlora.is_some(), "use_bdlora"),
             (self.alora_invocation_tokens.is_some(), "alora_invocation_tokens"),
             (self.monteclora_config.is_some(), "monteclora_config"),
+            (self.velora_config.is_some(), "velora_config"),
             (self.use_qalora, "use_qalora"),
         ];
         let mut asked = fields.into_iter().filter_map(|(asked, field)| asked.then_some(field));
@@ -186,6 +198,7 @@ impl LoraVariants {
         self.kasa_config.as_ref().map_or(Ok(()), KasaConfig::check)?;
         self.use_bdlora.as_ref().map_or(Ok(()), BdLoraConfig::check)?;
         self.monteclora_config.as_ref().map_or(Ok(()), MontecloraConfig::check)?;
+        self.velora_config.as_ref().map_or(Ok(()), VeloraConfig::check)?;
         if self.alora_invocation_tokens.as_ref().is_some_and(Vec::is_empty) {
             let reason = "expected the tokens of the invocation, found none";
             return Err(Error::config("alora_invocation_tokens", reason));
@@ -291,6 +304,9 @@ impl LoraVariants {
             Self { monteclora_config: Some(config), .. } => {
                 Some(LoraVariant::Monteclora(Monteclora::new(config, place, rng)))
             }
+            Self { velora_config: Some(config), .. } => {
+                Some(LoraVariant::Velora(Velora::new(config, place, rng)))
+            }
             _ => self.constant(place)?,
         })
     }
@@ -308,6 +324,9 @@ impl LoraVariants {
             }
             Self { monteclora_config: Some(config), .. } => {
                 Some(LoraVariant::Monteclora(Monteclora::restored(config, place, file)?))
+            }
+            Self { velora_config: Some(config), .. } => {
+                Some(LoraVariant::Velora(Velora::restored(config, place, file)?))
             }
             _ => self.constant(place)?,
         })
