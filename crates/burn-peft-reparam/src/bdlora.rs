@@ -92,7 +92,7 @@ impl BdLoraConfig {
             Cut::B => ("outputs", site.fan_out()),
         };
         let n = self.nblocks;
-        if r % n != 0 || side % n != 0 {
+        if !(r.is_multiple_of(n) && side.is_multiple_of(n)) {
             return refuse(format!(
                 "nblocks: expected a divisor of the rank {r} and of the {side} {what} of {path}, found {n}"
             ));
