@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import arrow
 import combine
 import data_inits
 import methods
@@ -249,6 +250,7 @@ if __name__ == "__main__":
     prompts()
     data_inits.write(ROOT, golden)
     combine.write(ROOT)
+    arrow.write(ROOT)
     selective.write(ROOT)
     targets()
     lora_fa()

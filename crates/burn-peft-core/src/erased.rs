@@ -1,7 +1,7 @@
 //! An adapter of whatever method behind one type: what is written for it is compiled once, and not once
 //! a method.
 
-use crate::{Adapter, Adapters, Guide, Hidden, Policy};
+use crate::{Adapter, Adapters, Guide, Hidden, Policy, SeenTokens};
 use burn::module::{
     Content, Devices, Flag, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper,
     ModuleVisitor, Param,
@@ -319,6 +319,16 @@ impl ModuleDisplay for AnyAdapter {}
 impl Adapter for AnyAdapter {
     fn linear(&self, layer: &Linear, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
         self.0.linear(layer, x, y)
+    }
+
+    fn linear_reading(
+        &self,
+        layer: &Linear,
+        x: &Tensor<3>,
+        y: &Tensor<3>,
+        tokens: &SeenTokens,
+    ) -> Option<Tensor<3>> {
+        self.0.linear_reading(layer, x, y, tokens)
     }
 
     fn linear_whole(&self, layer: &Linear, x: &Tensor<3>) -> Option<Tensor<3>> {

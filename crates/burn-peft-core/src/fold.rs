@@ -128,8 +128,8 @@ where
     Ok(model.apply_reparameterization(Attacher { adapters }))
 }
 
-/// Refuses places that the model does not have, and biases for layers that have none: they would
-/// be lost without a word.
+/// Refuses places that the model does not have, what is no difference of weights, and biases for layers that
+/// have none: they would be lost without a word.
 fn check<M: Module>(model: &M, folds: &dyn Folds) -> Result<(), Error> {
     let sites = Sites::of(model, None);
     for path in folds.paths() {
@@ -137,6 +137,9 @@ fn check<M: Module>(model: &M, folds: &dyn Folds) -> Result<(), Error> {
             let near = sites.all.iter().map(|site| site.path.as_str());
             return Err(Error::no_match("adapter", &path, "layer", near));
         };
+        if let Some(reason) = folds.unfoldable(&path) {
+            return Err(Error::place(path, reason));
+        }
         if site.bias.is_none() && folds.brings_bias(&path) {
             let reason = "the adapter adds a bias and the layer has none to fold it into; \
                           run the model with the adapter as an overlay instead";

@@ -121,14 +121,17 @@ pub struct SeenTokens {
     pub kept: Tensor<2, Int>,
     /// Number of columns that earlier passes have read (generation).
     pub past: usize,
+    /// The ids of those, `[batch, past]`; none where there are none.
+    pub before: Option<Tensor<2, Int>>,
 }
 
 impl SeenTokens {
-    fn select(&self, rows: &Tensor<1, Int>) -> Self {
+    pub(crate) fn select(&self, rows: &Tensor<1, Int>) -> Self {
         Self {
             ids: self.ids.clone().select(0, rows.clone()),
             kept: self.kept.clone().select(0, rows.clone()),
             past: self.past,
+            before: self.before.as_ref().map(|before| before.clone().select(0, rows.clone())),
         }
     }
 }

@@ -342,7 +342,7 @@ impl BertModel {
         let places =
             at.at("position_embeddings").embedding(&parts.position_embeddings, ids(&positions));
         let sum = embedded + types + places;
-        let cx = &cx.reading(tokens.seen(n, 0, &device));
+        let cx = &cx.reading(tokens.seen(n, &[], &device));
         let at = cx.at("embeddings");
         let y = at.at("LayerNorm").layer_norm(&parts.LayerNorm, parts.epsilon, sum.clone());
         let mut x = at.hidden(Hidden::block(sum, y));

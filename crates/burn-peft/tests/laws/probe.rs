@@ -125,7 +125,7 @@ impl Probe {
                 Tensor::cat(vec![virtual_tokens(0), kept], 1),
             ),
         };
-        let cx = &cx.reading(SeenTokens { ids: seen, kept, past: 0 });
+        let cx = &cx.reading(SeenTokens { ids: seen, kept, past: 0, before: None });
         let y = relu(cx.at("query").linear(&self.query, x.clone()));
         let at = cx.at("block");
         let y = at.hidden(Hidden::sublayer(&x, y).before(&self.block.norm));
