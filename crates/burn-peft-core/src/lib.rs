@@ -52,6 +52,8 @@ pub use hidden::{Hidden, HiddenPlace, SeenTokens};
 pub use method::{Biases, Method, site_rng};
 pub use policy::{Guide, Policy};
 pub use product::Product;
+/// What [`Method::init`] draws with.
+pub use rand;
 pub use riemannian::ridge_inverse;
 pub use scope::{Front, HIDDEN, Laid, Overlay, Scope, Strength};
 pub use site::{Kind, Site, Sites, Value, as_matrix, from_matrix, hf_component, hf_path};
