@@ -3,7 +3,7 @@
 use burn::tensor::Device;
 use burn_peft_core::{
     AdapterConfig, Adapters, Error, Folded, Folds, Laid, Method, Overlay, Product, Sites, Summary,
-    load, peft_type,
+    adapter_folders, load, peft_type,
 };
 use std::path::Path;
 
@@ -200,4 +200,17 @@ pub fn load_any(
     device: &Device,
 ) -> Result<Box<dyn AnyAdapters>, Error> {
     with_method(&peft_type(folder)?, LoadJob(folder, sites, device))?
+}
+
+/// Reads what [`save_together`](burn_peft_core::save_together) wrote, or the one adapter in `folder`, for a model
+/// with these sites: an [`Overlay`] of all.
+///
+/// # Errors
+/// As [`load_any`] and [`adapter_folders`].
+pub fn load_all(
+    folder: &Path,
+    sites: &Sites,
+    device: &Device,
+) -> Result<Vec<Box<dyn AnyAdapters>>, Error> {
+    adapter_folders(folder)?.iter().map(|folder| load_any(folder, sites, device)).collect()
 }
