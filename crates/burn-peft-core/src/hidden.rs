@@ -121,6 +121,9 @@ pub struct SeenTokens {
     pub kept: Tensor<2, Int>,
     /// Number of columns that earlier passes have read (generation).
     pub past: usize,
+    /// What the model's own attention adds to the score of each pair, `[batch or 1, 1, seq or 1, past + seq]`:
+    /// [`HIDDEN`](crate::HIDDEN) where the one must not see the other; `None` where all see all.
+    pub scores: Option<Tensor<4>>,
 }
 
 impl SeenTokens {
@@ -129,6 +132,10 @@ impl SeenTokens {
             ids: self.ids.clone().select(0, rows.clone()),
             kept: self.kept.clone().select(0, rows.clone()),
             past: self.past,
+            scores: self.scores.clone().map(|scores| match scores.dims()[0] {
+                1 => scores,
+                _ => scores.select(0, rows.clone()),
+            }),
         }
     }
 }

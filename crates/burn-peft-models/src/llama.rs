@@ -363,7 +363,7 @@ impl LlamaModel {
         let positions =
             tokens.positions(first..first + n, first + past + n, Self::virtual_tokens(cx));
         let tables = self.rope.tables(&positions, [tokens.batch, rows], &device);
-        let cx = &cx.reading(tokens.seen(n, past, &device));
+        let cx = &cx.reading(tokens.seen(n, past, mask.clone(), &device));
         for (index, layer) in self.layers.iter().enumerate() {
             let cache = cache.as_deref_mut().map(|cache| (cache, index));
             x = layer.forward(x, &tables, mask.clone(), cache, &cx.block("layers", index));

@@ -90,11 +90,17 @@ impl Tokens {
     }
 
     /// For what lies over the model, behind `n` virtual tokens and after `past` columns that were read before.
-    /// Virtual tokens have no id, and are none of the sequence's own.
-    pub(crate) fn seen(&self, n: usize, past: usize, device: &Device) -> SeenTokens {
+    /// Virtual tokens have no id, and are none of the sequence's own; `scores` are those of the model's attention.
+    pub(crate) fn seen(
+        &self,
+        n: usize,
+        past: usize,
+        scores: Option<Tensor<4>>,
+        device: &Device,
+    ) -> SeenTokens {
         let [ids, kept] = [(&self.ids, -1), (&self.mask, 0)]
             .map(|(values, front)| self.tensor(&self.behind(n, front, values), device));
-        SeenTokens { ids, kept, past }
+        SeenTokens { ids, kept, past, scores }
     }
 
     /// The `values` of each row behind `n` times `front`, for the virtual tokens that stand there.
