@@ -4,7 +4,7 @@ use crate::bottleneck::{Bottleneck, BottleneckAdapter};
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{
-    Adapter, Adapters, Buffer, Error, Hidden, Method, PlaceTensors, Policy, Site, Sites,
+    Adapter, Adapters, Buffer, Error, Hidden, Kind, Method, PlaceTensors, Policy, Site, Sites,
     Strictness, Targets, site_rng,
 };
 use rand::RngExt;
@@ -95,7 +95,7 @@ impl Method for AdapterDrop {
     type Adapter = DroppedAdapter;
     type Shared = ();
     const NAME: &'static str = "ADAPTER_DROP";
-    const KINDS: &'static [burn_peft_core::Kind] = Bottleneck::KINDS;
+    const KINDS: &'static [Kind] = Bottleneck::KINDS;
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = Bottleneck::ABSENT;
     const HF_FORMAT: bool = false;
 
@@ -218,6 +218,7 @@ impl Policy<DroppedAdapter> for Drawn {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Nonlinearity;
     use burn::nn::{Linear, LinearConfig};
     use burn_peft_core::{HiddenPlace, Names, Scope, adapt};
 
@@ -245,7 +246,8 @@ mod tests {
     fn bottleneck(pattern: &str) -> Bottleneck {
         let target_modules = Some(Names::Pattern(pattern.into()));
         let targets = Targets { target_modules, ..Targets::default() };
-        Bottleneck { reduction_factor: 2.0, targets, ..Bottleneck::default() }
+        let non_linearity = Nonlinearity::Tanh; // is never off
+        Bottleneck { reduction_factor: 2.0, non_linearity, targets, ..Bottleneck::default() }
     }
 
     /// Places at which something lies and does something.

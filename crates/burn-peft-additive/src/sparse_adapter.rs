@@ -1,12 +1,12 @@
 //! SparseAdapter: a bottleneck adapter of which most numbers are left out at the start (arXiv 2210.04284).
 
-use crate::bottleneck::{Bottleneck, BottleneckInit, OwnNorm, Scaling, TrainedScaling};
+use crate::bottleneck::{Bottleneck, BottleneckInit, OwnNorm, Scaling, TrainedScaling, width};
 use crate::fields::probability;
 use crate::numbers::Draw;
 use crate::source::{Fresh, Source, Stored};
 use burn::module::{Module, Param};
 use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
-use burn_peft_core::{Adapter, Error, Hidden, Method, PlaceTensors, Site, Targets};
+use burn_peft_core::{Adapter, Error, Hidden, Kind, Method, PlaceTensors, Site, Targets};
 use rand::rngs::ChaCha8Rng;
 use rand::seq::index;
 use serde::{Deserialize, Serialize};
@@ -171,7 +171,7 @@ impl SparseAdapter {
 
     /// `[r, hidden]`.
     fn shape(&self, site: &Site) -> Result<[usize; 2], Error> {
-        Ok([crate::bottleneck::width(self.adapter.reduction_factor, site)?, site.fan_out()])
+        Ok([width(self.adapter.reduction_factor, site)?, site.fan_out()])
     }
 
     fn rest(
@@ -209,7 +209,7 @@ impl Method for SparseAdapter {
     type Adapter = SparseBottleneck;
     type Shared = ();
     const NAME: &'static str = "SPARSE_ADAPTER";
-    const KINDS: &'static [burn_peft_core::Kind] = Bottleneck::KINDS;
+    const KINDS: &'static [Kind] = Bottleneck::KINDS;
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = Bottleneck::ABSENT;
     const HF_FORMAT: bool = false;
 

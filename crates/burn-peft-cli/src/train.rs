@@ -348,7 +348,7 @@ fn finish<B: Objective + Pretrained>(setup: &Setup, prepared: Prepared<B>) -> Re
         parts.push(part);
         makers.push((name, files));
     }
-    let names: Vec<&str> = makers.iter().map(|(name, _)| *name).collect();
+    let names: Vec<String> = makers.iter().map(|(name, _)| name.to_lowercase()).collect();
     let title = format!("{} on {}", names.join(", "), setup.model.display());
     let adapters: Vec<_> = parts.iter().map(|part| part.adapters.clone()).collect();
     let evaluated_on = [Some(&prepared.valid), prepared.test.as_ref()].into_iter().flatten();
