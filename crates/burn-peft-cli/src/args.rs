@@ -2,6 +2,7 @@
 
 use clap::{Args, Parser, Subcommand};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use std::path::PathBuf;
 
 /// Fine-tune pretrained models with small adapters, in HF PEFT's format.
@@ -84,7 +85,7 @@ pub(crate) struct ModelArgs {
     /// Folder of the model: config.json, model.safetensors (or shards), tokenizer.json
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
-    /// Folder of an adapter; several are added up
+    /// Folder of an adapter, or of several that were trained together; several are added up
     #[arg(long, value_name = "DIR")]
     pub(crate) adapter: Vec<PathBuf>,
     /// text-classification or causal-lm; default: what the model is
@@ -103,6 +104,8 @@ pub(crate) struct ModelArgs {
       --output-dir out --target-modules query,value --r 8 --lora-alpha 16 --learning-rate 1e-3
   burn-peft train --model llama --task causal-lm --train-file novel.txt --packing \\
       --output-dir out --target-modules all-linear --max-length 256
+  burn-peft train --model minilm --train-file train.tsv --output-dir out --target-modules query,value \\
+      --also '{\"peft_type\": \"PREFIX_TUNING\", \"num_virtual_tokens\": 8}'
   burn-peft train --config run.toml --seed 7
   burn-peft train --config run.toml --resume")]
 pub(crate) struct TrainArgs {
@@ -166,6 +169,10 @@ pub(crate) struct TrainArgs {
     /// Any option of the method by its name in adapter_config.json, its value as JSON
     #[arg(long, value_name = "NAME=JSON", help_heading = "Method")]
     pub(crate) method_option: Vec<String>,
+    /// A further method, trained together with it and laid beside it, in the words of adapter_config.json:
+    /// '{"peft_type": "BOTTLENECK", "target_modules": ["output"]}'; may be given several times
+    #[arg(long, value_name = "JSON", value_parser = object, help_heading = "Method")]
+    pub(crate) also: Vec<Map<String, Value>>,
     /// Layers to adapt: names (query,value), "all-linear", or a regular expression
     #[arg(long, help_heading = "Method")]
     pub(crate) target_modules: Option<String>,
@@ -456,6 +463,10 @@ pub(crate) struct MergeArgs {
 pub(crate) struct InspectArgs {
     /// Folder of an adapter or of a model
     pub(crate) path: PathBuf,
+}
+
+fn object(text: &str) -> Result<Map<String, Value>, String> {
+    serde_json::from_str(text).map_err(|e| format!("expected a JSON object: {e}"))
 }
 
 fn methods() -> String {

@@ -48,7 +48,7 @@ pub(crate) struct CombineArgs {
 
 impl CombineArgs {
     fn weights(&self) -> Result<Vec<f64>, Failure> {
-        let adapters = self.model.adapter.len();
+        let adapters = self.model.folders()?.len();
         match self.weight.len() {
             _ if adapters == 0 => Err(Failure::new("nothing to combine: give --adapter")),
             0 => Ok(vec![1.0; adapters]),
@@ -64,7 +64,7 @@ fn made<M: Pretrained>(args: &CombineArgs, task: Task, ready: &Ready<M>) -> Resu
     let weights = args.weights()?;
     let sites = Sites::of(&ready.model, Some(M::OUTPUT));
     let mut loras = Vec::with_capacity(weights.len());
-    for (folder, adapters) in args.model.adapter.iter().zip(&ready.adapters) {
+    for (folder, adapters) in args.model.folders()?.iter().zip(&ready.adapters) {
         if adapters.name() != Lora::NAME {
             return Err(Failure::new(format!(
                 "{}: expected a {} adapter to combine, found {}; make it one by burn-peft convert",

@@ -74,7 +74,7 @@ impl OutputArgs {
         config.task_type = Some(own.unwrap_or(task.task_type()).to_owned());
         config.base_model_name_or_path = Some(args.model.display().to_string());
         let mut beside = Vec::new();
-        for folder in &args.adapter {
+        for folder in &args.folders()? {
             if let (Some(labels), true) = (read_labels(folder)?, beside.is_empty()) {
                 beside.push((LABELS, json_bytes(LABELS, &labels)?));
             }

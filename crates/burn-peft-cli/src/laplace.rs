@@ -20,8 +20,8 @@ type Factors<'a> = (&'a Path, Vec<(String, Product)>);
 fn factors<'a>(args: &'a ModelArgs, ready: &Classifier) -> Result<Factors<'a>, Failure> {
     match (args.adapter.as_slice(), ready.adapters.as_slice()) {
         ([folder], [adapters]) => Ok((folder, adapters.products()?)),
-        (folders, _) => {
-            let found = folders.len();
+        (_, all) => {
+            let found = all.len();
             Err(Failure::new(format!(
                 "a posterior is one adapter's; expected one --adapter, found {found}"
             )))

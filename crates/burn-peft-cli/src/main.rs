@@ -9,6 +9,7 @@ mod files;
 mod forward;
 mod inspect;
 mod laplace;
+mod make;
 mod model;
 mod options;
 mod train;

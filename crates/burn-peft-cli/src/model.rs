@@ -4,7 +4,7 @@ use crate::args::ModelArgs;
 use crate::failure::Failure;
 use crate::files::{head_rows, read_labels};
 use burn::tensor::Device;
-use burn_peft::core::{Overlay, Sites, peft_type};
+use burn_peft::core::{Overlay, Sites, adapter_folders, peft_type};
 use burn_peft::models::{
     BertConfig, BertForSequenceClassification, LlamaForCausalLM, Loaded, Precision, Pretrained,
     model_type,
@@ -83,6 +83,14 @@ impl<M> Ready<M> {
     }
 }
 
+impl ModelArgs {
+    /// The folders of all adapters, those of one folder in the order of its list.
+    pub(crate) fn folders(&self) -> Result<Vec<PathBuf>, Failure> {
+        let each = self.adapter.iter().map(|folder| adapter_folders(folder));
+        Ok(each.collect::<Result<Vec<_>, _>>()?.concat())
+    }
+}
+
 fn ready<M: Pretrained>(
     args: &ModelArgs,
     loaded: Loaded<M>,
@@ -90,7 +98,7 @@ fn ready<M: Pretrained>(
 ) -> Result<Ready<M>, Failure> {
     let sites = Sites::of(&loaded.model, Some(M::OUTPUT));
     let load = |folder: &PathBuf| load_any(folder, &sites, &device);
-    let adapters = args.adapter.iter().map(load).collect::<Result<Vec<_>, _>>()?;
+    let adapters = args.folders()?.iter().map(load).collect::<Result<Vec<_>, _>>()?;
     // What an adapter brings along is not missing.
     let brought = |name: &String| {
         let place = name.rsplit_once('.').map_or(name.as_str(), |(place, _)| place);
@@ -151,7 +159,7 @@ pub(crate) fn classifier(
     let device = burn_peft::device::by_name(&args.device)?;
     let mut labels: Option<Vec<String>> = None;
     let mut rows = None;
-    for folder in &args.adapter {
+    for folder in &args.folders()? {
         peft_type(folder)?;
         let theirs = read_labels(folder)?;
         if let (Some(one), Some(other)) = (&labels, &theirs)

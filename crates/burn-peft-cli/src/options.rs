@@ -119,6 +119,24 @@ fn method_fields(
     Ok(fields)
 }
 
+/// A method out of its fields, and all that it has.
+fn of_fields<T: Method>(fields: &Map<String, Value>, what: &str) -> Result<(T, Value), Failure> {
+    let method: T = read(&Map::new(), fields, what)?;
+    // A field that the method does not have would be lost silently.
+    let known = serde_json::to_value(&method).map_err(|e| Failure::new(format!("{what}: {e}")))?;
+    match fields.keys().find(|field| known.get(field.as_str()).is_none()) {
+        None => Ok((method, known)),
+        Some(unknown) => Err(Failure::new(format!("{what}: has no option `{unknown}`"))),
+    }
+}
+
+/// A method of `--also`.
+pub(crate) fn further<T: Method>(fields: &Map<String, Value>) -> Result<T, Failure> {
+    let mut fields = fields.clone();
+    fields.shift_remove("peft_type");
+    Ok(of_fields(&fields, &format!("--also {}", T::NAME.to_lowercase()))?.0)
+}
+
 /// The method that was asked for, with `saved` among the layers that are trained whole.
 pub(crate) fn configure<T: Method>(
     args: &TrainArgs,
@@ -127,12 +145,7 @@ pub(crate) fn configure<T: Method>(
 ) -> Result<T, Failure> {
     let fields = method_fields(args, fields)?;
     let what = format!("--method {}", T::NAME.to_lowercase());
-    let mut method: T = read(&Map::new(), &fields, &what)?;
-    // A field that the method does not have would be lost silently.
-    let known = serde_json::to_value(&method).map_err(|e| Failure::new(format!("{what}: {e}")))?;
-    if let Some(unknown) = fields.keys().find(|field| known.get(field.as_str()).is_none()) {
-        return Err(Failure::new(format!("{what}: has no option `{unknown}`")));
-    }
+    let (mut method, known) = of_fields::<T>(&fields, &what)?;
     // Nor would names for a method that has but one place to go.
     let given = [
         ("target_modules", args.target_modules.is_some()),

@@ -3,18 +3,15 @@
 use crate::args::TrainArgs;
 use crate::failure::{Failure, print, tell};
 use crate::files::{ADAPTER_FILES, LABELS, SUMMARY, claim, json_bytes, peak_memory};
+use crate::make::{Made, Make, save};
 use crate::model::{Task, causal_length, own_labels};
-use crate::options::{configure, fingerprint, merged, need, part, text_unit};
+use crate::options::{fingerprint, merged, need, part, text_unit};
 use burn::module::Module;
 use burn::tensor::Device;
-use burn_peft::core::{
-    AdapterConfig, Adapters, AnyAdapter, Guide, Method, Passes, Scope, Sites, Summary, adapt,
-    save_with, survey,
-};
+use burn_peft::core::{Scope, Sites};
 use burn_peft::models::{
     BertConfig, BertForSequenceClassification, LlamaForCausalLM, Loaded, Precision, Pretrained,
 };
-use burn_peft::registry::{Job, with_method};
 use burn_peft::train::checkpoint::{Checkpoint, past_events};
 use burn_peft::train::data::{
     CausalItem, ClassItem, Columns, Example, Labels, TextTokenizer, causal_batch, class_batch,
@@ -326,81 +323,34 @@ fn scores(report: Report) -> Value {
     json!({"accuracy": report.accuracy(), "loss": report.loss, "perplexity": report.loss.exp()})
 }
 
-/// Writes trained adapters, and files beside them.
-type Save = dyn FnOnce(&Adapters<AnyAdapter>, &[(&str, Vec<u8>)]) -> Result<(), Failure>;
-
-/// What a method makes of what was asked for.
-struct Made {
-    name: &'static str,
-    faster: &'static [&'static str],
-    summary: Summary,
-    adapters: Adapters<AnyAdapter>,
-    guide: Guide<AnyAdapter>,
-    save: Box<Save>,
-}
-
-/// Tells a method the tokens of the text that it begins with, if it does.
-fn tokenized<T: Method>(method: T, model: &Path) -> Result<T, Failure> {
-    let Some((text, named)) = method.text() else { return Ok(method) };
-    let folder = named.map_or_else(|| model.to_owned(), PathBuf::from);
-    let ids = TextTokenizer::load(&folder)?.encode_whole(&[text], true)?.concat();
-    Ok(method.tokenized(&ids, &folder.display().to_string()))
-}
-
-/// Makes adapters for the places of a model; `steps` is how many the training will have.
-struct Make<'a> {
-    setup: &'a Setup,
-    saved: &'a [String],
-    sites: &'a Sites,
-    steps: usize,
-    sample: &'a dyn Passes,
-}
-
-impl Job for Make<'_> {
-    type Output = Result<Made, Failure>;
-
-    fn run<T: Method>(self) -> Self::Output {
-        let Self { setup, saved, sites, steps, sample } = self;
-        let method: T = configure(&setup.args, &setup.fields, saved)?;
-        let method = tokenized(method, &setup.model)?;
-        let method = survey(method.planned(steps), sites, sample)?;
-        let adapters = adapt(sites, &method, setup.options.seed, &setup.device.clone().autodiff())?;
-        let guide = Guide::of(&method, &adapters)?;
-        let guide = match setup.args.riemannian_reg {
-            Some(delta) => guide.riemannian(T::PAIR, &adapters, delta.into())?,
-            None => guide,
-        };
-        let guide = guide.erased();
-        let summary = Summary::new(sites, &adapters);
-        let erased = adapters.erased();
-        let (sites, out) = (sites.clone(), setup.out.clone());
-        let (task, model) = (setup.task.task_type(), setup.model.display().to_string());
-        let save = move |adapters: &Adapters<AnyAdapter>, beside: &[(&str, Vec<u8>)]| {
-            let Some(adapters) = adapters.typed() else {
-                return Err(Failure::new("the training returned another method's adapters"));
-            };
-            let mut config = AdapterConfig::new(method.finished(&adapters));
-            config.task_type = Some(task.into());
-            config.base_model_name_or_path = Some(model);
-            Ok(save_with(&out, &config, &sites, &adapters, beside)?)
-        };
-        let (name, faster) = (T::NAME, T::FASTER);
-        Ok(Made { name, faster, summary, adapters: erased, guide, save: Box::new(save) })
-    }
-}
-
 fn finish<B: Objective + Pretrained>(setup: &Setup, prepared: Prepared<B>) -> Result<(), Failure> {
     let (device, out) = (&setup.device, &setup.out);
     let base = Arc::new(prepared.loaded.model);
     let sites = Sites::of(&*base, Some(B::OUTPUT));
-    let name = setup.args.method.as_deref().unwrap_or("lora");
     let steps = prepared.train.steps();
     let batches = setup.args.init_batches.unwrap_or(INIT_BATCHES);
-    let sample = Sample::new(&*base, device, &prepared.train, batches);
-    let (saved, sites, sample) = (&prepared.saved, &sites, &sample);
-    let made = with_method(name, Make { setup, saved, sites, steps, sample })??;
-    let Made { name, faster, summary, adapters, guide, save } = made;
-    tell(summary.to_string().trim_end());
+    let make = Make {
+        args: &setup.args,
+        fields: &setup.fields,
+        model: &setup.model,
+        task: setup.task,
+        seed: setup.options.seed,
+        device,
+        saved: &prepared.saved,
+        sites: &sites,
+        steps,
+        sample: &Sample::new(&*base, device, &prepared.train, batches),
+    };
+    let (mut trainable, mut parts, mut makers) = (0, Vec::new(), Vec::new());
+    for Made { name, summary, part, files } in make.all()? {
+        tell(summary.to_string().trim_end());
+        trainable += summary.trainable;
+        parts.push(part);
+        makers.push((name, files));
+    }
+    let names: Vec<String> = makers.iter().map(|(name, _)| name.to_lowercase()).collect();
+    let title = format!("{} on {}", names.join(", "), setup.model.display());
+    let adapters: Vec<_> = parts.iter().map(|part| part.adapters.clone()).collect();
     let evaluated_on = [Some(&prepared.valid), prepared.test.as_ref()].into_iter().flatten();
     let batches = evaluated_on.flat_map(|feed| feed.batches().map(|(_, batch)| batch));
     for batch in batches.chain(prepared.train.longest()) {
@@ -444,15 +394,13 @@ fn finish<B: Objective + Pretrained>(setup: &Setup, prepared: Prepared<B>) -> Re
         train: prepared.train,
         valid: prepared.valid,
         options: setup.options.clone(),
-        faster,
         folder: Some(out.clone()),
         resume: setup.args.resume,
         stop,
     };
     let observer = Box::new((Console::new(), (metrics_file, kept.clone())));
-    let fitted = run.fit(adapters, guide, observer)?;
+    let fitted = run.fit(parts, observer)?;
     let events = kept.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    let title = format!("{name} on {}", setup.model.display());
     burn_peft::train::plot::draw(&out.join("training.svg"), &title, &events)?;
     if fitted.interrupted {
         return Err(Failure::Interrupted);
@@ -462,14 +410,11 @@ fn finish<B: Objective + Pretrained>(setup: &Setup, prepared: Prepared<B>) -> Re
         .test
         .as_ref()
         .map(|test| scores(evaluated(&*base, test, device, &Scope::new(&fitted.adapters.valid()))));
-    let mut beside = Vec::new();
-    if let Some(labels) = &prepared.labels {
-        beside.push((LABELS, json_bytes(LABELS, labels)?));
-    }
+    let labels = prepared.labels.as_ref().map(|labels| json_bytes(LABELS, labels)).transpose()?;
     let (tokens, padded) = fitted.tokens;
     let summary_json = json!({
-        "trainable_parameters": summary.trainable,
-        "total_parameters": summary.total,
+        "trainable_parameters": trainable,
+        "total_parameters": sites.parameters + trainable,
         "train_seconds": fitted.seconds,
         "peak_memory_bytes": peak_memory(),
         "before": before,
@@ -479,8 +424,8 @@ fn finish<B: Objective + Pretrained>(setup: &Setup, prepared: Prepared<B>) -> Re
         "epochs": setup.options.num_train_epochs,
         "padding": 1.0 - tokens as f64 / padded.max(1) as f64,
     });
-    beside.push((SUMMARY, json_bytes(SUMMARY, &summary_json)?));
-    save(&fitted.adapters, &beside)?;
+    let summary = (SUMMARY, json_bytes(SUMMARY, &summary_json)?);
+    save(out, makers, &fitted.adapters, labels.map(|bytes| (LABELS, bytes)), summary)?;
     // The adapter is whole and in its place: the checkpoint has done its work.
     Checkpoint::of(out).remove();
     let mut text = format!("{} steps in {:.1} s", fitted.steps, fitted.seconds);

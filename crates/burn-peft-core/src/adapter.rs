@@ -64,6 +64,12 @@ pub trait Adapter: Debug + Send + Sync {
         None
     }
 
+    /// Whether it reads hidden states of other tokens than the one at hand. No cache holds these: generation
+    /// reads the whole sequence anew for each token then.
+    fn whole_sequence(&self) -> bool {
+        false
+    }
+
     /// `δ` of embedded tokens by where they stand: `positions [batch, seq]`, counted from 0 at the first token
     /// of a row or document → `[batch, seq, dim]`.
     fn positional(&self, positions: &Tensor<2, Int>) -> Option<Tensor<3>> {

@@ -356,6 +356,10 @@ impl Adapter for AnyAdapter {
         self.0.hidden(at)
     }
 
+    fn whole_sequence(&self) -> bool {
+        self.0.whole_sequence()
+    }
+
     fn positional(&self, positions: &Tensor<2, Int>) -> Option<Tensor<3>> {
         self.0.positional(positions)
     }

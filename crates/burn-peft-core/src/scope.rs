@@ -207,6 +207,11 @@ impl<'a> Scope<'a> {
         sum(laid, &at, y0, |a, at, _| a.hidden(at))
     }
 
+    /// Whether something here reads [the states of other tokens](Adapter::whole_sequence).
+    pub fn whole_sequence(&self) -> bool {
+        self.laid().iter().any(|laid| laid.adapter.whole_sequence())
+    }
+
     /// How many virtual tokens, or keys and values, stand in front here.
     pub fn virtual_tokens(&self) -> usize {
         self.laid().iter().map(|laid| laid.adapter.virtual_tokens()).sum()

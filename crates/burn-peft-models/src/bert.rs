@@ -342,11 +342,11 @@ impl BertModel {
         let places =
             at.at("position_embeddings").embedding(&parts.position_embeddings, ids(&positions));
         let sum = embedded + types + places;
-        let cx = &cx.reading(tokens.seen(n, &[], &device));
+        let mask = padding_mask(&tokens.mask, &front, [tokens.batch, tokens.seq], &device);
+        let cx = &cx.reading(tokens.seen(n, &[], mask.clone(), &device));
         let at = cx.at("embeddings");
         let y = at.at("LayerNorm").layer_norm(&parts.LayerNorm, parts.epsilon, sum.clone());
         let mut x = at.hidden(Hidden::block(sum, y));
-        let mask = padding_mask(&tokens.mask, &front, [tokens.batch, tokens.seq], &device);
         let at = cx.at("encoder");
         for (index, layer) in self.encoder.layer.iter().enumerate() {
             x = layer.forward(x, mask.clone(), &at.block("layer", index));

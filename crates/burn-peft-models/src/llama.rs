@@ -364,7 +364,7 @@ impl LlamaModel {
             tokens.positions(first..first + n, first + past + n, Self::virtual_tokens(cx));
         let tables = self.rope.tables(&positions, [tokens.batch, rows], &device);
         let held = cache.as_ref().map_or(&[][..], |cache| cache.ids.as_slice());
-        let cx = &cx.reading(tokens.seen(n, held, &device));
+        let cx = &cx.reading(tokens.seen(n, held, mask.clone(), &device));
         for (index, layer) in self.layers.iter().enumerate() {
             let cache = cache.as_deref_mut().map(|cache| (cache, index));
             x = layer.forward(x, &tables, mask.clone(), cache, &cx.block("layers", index));
