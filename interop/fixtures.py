@@ -19,6 +19,7 @@ import data_inits
 import methods
 import selective
 import tiny
+import vision
 
 ROOT = Path(__file__).resolve().parent.parent / "fixtures"
 
@@ -250,5 +251,6 @@ if __name__ == "__main__":
     data_inits.write(ROOT, golden)
     combine.write(ROOT)
     selective.write(ROOT)
+    vision.write(ROOT, golden, write_adapter)
     targets()
     lora_fa()

@@ -9,6 +9,7 @@ mod policies_stage;
 mod prompts;
 mod refusals;
 mod selective;
+mod vision;
 
 use safetensors::SafeTensors;
 use serde_json::Value;

@@ -14,6 +14,7 @@ mod names;
 mod other_models;
 mod probe;
 mod prompts;
+mod vision;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::{AdamConfig, GradientsParams};
