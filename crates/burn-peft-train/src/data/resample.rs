@@ -1,4 +1,5 @@
-//! Resizing as Pillow does it, to the bit: that is what models of images were trained on.
+//! Resizing as Pillow does it, to the bit: that is what models of images were trained on. Pillow 13 begins with the
+//! height where the width shrinks less, which can change a byte by one; before, it never did, and neither do we.
 
 /// What the pixels around a place count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
