@@ -67,7 +67,8 @@ fn models_of_images_are_trained_evaluated_merged_and_asked() {
         let report = json(&desk.good(&format!("{eval} --adapter /out")));
         assert_eq!(report["accuracy"].as_f64(), Some(accuracy("after")));
         desk.good(&format!(
-            "laplace --model @models/{model} --adapter /out --train-file /train-images-idx3-ubyte"
+            "laplace --model @models/{model} --adapter /out --train-file /train-images-idx3-ubyte \
+             --prior-precision 1"
         ));
         let unsure = json(&desk.good(&format!("{eval} {adapter}")));
         assert!(unsure["loss"].as_f64().is_some_and(f64::is_finite));
@@ -103,8 +104,8 @@ fn a_folder_for_each_class_and_other_methods() {
         ),
         ("prefix_tuning", "--method-option num_virtual_tokens=3"),
         ("bottleneck", "--target-modules .*layer\\.\\d+\\.output --method-option is_parallel=true"),
-        ("bitfit", ""),
-        ("lora", "--target-modules query,projection --init-lora-weights eva --init-batches 2"),
+        ("bitfit", "--target-modules query,value"),
+        ("lora", "--target-modules query,value --init-lora-weights eva --init-batches 2"),
     ] {
         desk.good(&format!("{look} --model @models/vit --method {method} {more} --max-steps 4"));
         assert_eq!(desk.json("out/labels.json"), serde_json::json!(["above", "below", "middle"]));
@@ -122,7 +123,12 @@ fn a_folder_for_each_class_and_other_methods() {
         (format!("{LOOK} --model @models/vit --max-length 3"), "--max-length is about texts"),
         (format!("{LOOK} --model @models/vit --task causal-lm"), "is for image-classification"),
         (format!("{LOOK} --model @models/bert"), "is not UTF-8"),
-        (format!("{LOOK} --model @models/vit --method prompt_tuning"), "embedding of words"),
+        (
+            format!(
+                "{LOOK} --model @models/vit --method prompt_tuning --method-option num_virtual_tokens=3"
+            ),
+            "embedding of words",
+        ),
         ("predict --model @models/vit --text w1".into(), "model of images"),
         ("predict --model @models/bert --image a.png".into(), "model of texts"),
         ("embed --model @models/vit --text w1 --output /e".into(), "image-classification"),
