@@ -158,6 +158,24 @@ pub fn read_images(
     Ok(examples)
 }
 
+/// All files that data are read from: the file itself, with its labels if it is one of idx images, or what a
+/// folder and those in it hold, in the order in which they are read.
+///
+/// # Errors
+/// What the operating system says.
+pub fn data_files(path: &Path) -> Result<Vec<PathBuf>, DataError> {
+    if !path.is_dir() {
+        let labels = if is_idx(path)? { labels_of(path) } else { None };
+        return Ok(std::iter::once(path.to_owned()).chain(labels).collect());
+    }
+    let (folders, mut files): (Vec<_>, Vec<_>) =
+        entries(path)?.into_iter().partition(|entry| entry.is_dir());
+    for folder in folders {
+        files.extend(entries(&folder)?.into_iter().filter(|entry| entry.is_file()));
+    }
+    Ok(files)
+}
+
 /// The numbers that a model reads, of some of the images.
 pub fn images(examples: &[&ImageExample], preprocessor: &Preprocessor) -> Images {
     let mut images = Images { batch: examples.len(), ..Images::default() };
@@ -275,13 +293,19 @@ fn read_idx<const D: usize>(path: &Path) -> Result<([usize; D], Vec<u8>), DataEr
     }
 }
 
+/// The file of labels that belongs to one of images, if it is there.
+fn labels_of(path: &Path) -> Option<PathBuf> {
+    let name = file_name(path).replace("images", "labels").replace("idx3", "idx1");
+    let beside = path.with_file_name(name);
+    (beside != path && beside.is_file()).then_some(beside)
+}
+
 fn idx(path: &Path, preprocessor: &Preprocessor) -> Result<Vec<ImageExample>, DataError> {
     let ([count, height, width], pixels) = read_idx(path)?;
     let name = file_name(path);
-    let beside = path.with_file_name(name.replace("images", "labels").replace("idx3", "idx1"));
-    let labels = match beside != path && beside.is_file() {
-        false => None,
-        true => {
+    let labels = match labels_of(path) {
+        None => None,
+        Some(beside) => {
             let ([found], labels) = read_idx(&beside)?;
             if found != count {
                 let reason =

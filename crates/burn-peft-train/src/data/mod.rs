@@ -16,7 +16,9 @@ pub use causal::{
     CausalBatch, CausalItem, CausalReport, IGNORED, TextUnit, causal_batch, pack, read_causal,
 };
 pub use error::DataError;
-pub use images::{ImageExample, image_batch, images, read_images, read_labelled_images};
+pub use images::{
+    ImageExample, data_files, image_batch, images, read_images, read_labelled_images,
+};
 pub use preprocess::Preprocessor;
 pub use split::{hold_out, shuffle};
 pub use template::{ChatTemplate, Message};

@@ -77,6 +77,9 @@ fn a_folder_for_each_class() {
     let back = |channel: usize, mean: f32, std: f32| grey[channel * 144 + 50] * std + mean;
     assert!((back(0, 0.5, 0.5) - back(2, 0.3, 0.2)).abs() < 1e-6);
 
+    let files = data_files(folder.path()).unwrap();
+    assert_eq!(files.len(), 4);
+    assert!(files[0].ends_with("bag/a.PNG") && files[3].ends_with("shoe/c.png"), "{files:?}");
     png(&folder.path().join("d.png"), [12, 12], false);
     assert_eq!(read_images(folder.path(), &preprocessor).unwrap().len(), 4);
     let said = read_labelled_images(folder.path(), &preprocessor).unwrap_err().to_string();
@@ -104,6 +107,7 @@ fn idx_files_with_their_labels_packed_or_not() {
         assert_eq!(examples[1].label, "4");
         assert_eq!(examples[1].name, format!("{name} #1"));
         assert_eq!(examples[1].picture.sides, [3, 4]);
+        assert_eq!(data_files(&at(name)).unwrap().len(), 2);
     }
     for (name, bytes, says) in [
         ("a-images-idx3", &pixels[..20], "expected 24 bytes for [2, 3, 4], found 4"),
