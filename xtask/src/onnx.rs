@@ -178,7 +178,7 @@ mod tests {
     use super::*;
 
     fn field(number: u8, bytes: &[u8]) -> Vec<u8> {
-        [&[number << 3 | 2, bytes.len() as u8], bytes].concat()
+        [&[(number << 3) | 2, bytes.len() as u8], bytes].concat()
     }
 
     /// One matrix, `[2, 3]`, read by one node.
