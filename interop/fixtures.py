@@ -20,6 +20,7 @@ import data_inits
 import methods
 import selective
 import tiny
+import vision
 
 ROOT = Path(__file__).resolve().parent.parent / "fixtures"
 
@@ -252,5 +253,6 @@ if __name__ == "__main__":
     combine.write(ROOT)
     arrow.write(ROOT)
     selective.write(ROOT)
+    vision.write(ROOT, golden, write_adapter)
     targets()
     lora_fa()

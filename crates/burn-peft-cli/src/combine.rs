@@ -3,7 +3,7 @@
 use crate::args::{Finite, ModelArgs};
 use crate::convert::OutputArgs;
 use crate::failure::Failure;
-use crate::model::{Ready, Task, causal, classifier};
+use crate::model::{Bert, Dinov2, Ready, Task, Vision, Vit, causal, classifier};
 use burn_peft::core::{Method, Sites, load};
 use burn_peft::models::Pretrained;
 use burn_peft::reparam::{Combination, Combine, Lora, MajoritySign, Weighted, combine};
@@ -93,7 +93,11 @@ pub(crate) fn run(args: &CombineArgs) -> Result<(), Failure> {
     args.weights()?;
     args.output.claim()?;
     match Task::of(&args.model.model, args.model.task.as_deref())? {
-        task @ Task::Classification => made(args, task, &classifier(&args.model)?.0),
+        task @ Task::Classification => made(args, task, &classifier::<Bert>(&args.model)?.0),
+        task @ Task::Images(Vision::Vit) => made(args, task, &classifier::<Vit>(&args.model)?.0),
+        task @ Task::Images(Vision::Dinov2) => {
+            made(args, task, &classifier::<Dinov2>(&args.model)?.0)
+        }
         task @ Task::CausalLm => made(args, task, &causal(&args.model)?),
     }
 }

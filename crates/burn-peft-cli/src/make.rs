@@ -83,7 +83,7 @@ impl Job for One<'_> {
                     return Err(Failure::new("the training returned another method's adapters"));
                 };
                 let mut config = AdapterConfig::new(method.finished(&adapters));
-                config.task_type = Some(task.into());
+                config.task_type = task.map(str::to_owned);
                 config.base_model_name_or_path = Some(model);
                 Ok(adapter_files(folder, &config, &sites, &adapters, beside)?)
             };

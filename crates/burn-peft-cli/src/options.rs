@@ -3,7 +3,7 @@
 use crate::args::TrainArgs;
 use crate::failure::Failure;
 use burn_peft::core::{Method, Names, OneOrMany};
-use burn_peft::train::data::TextUnit;
+use burn_peft::train::data::{TextUnit, data_files};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -196,8 +196,16 @@ pub(crate) fn fingerprint(
     };
     take(format!("{} {steps}", Value::Object(fields)).as_bytes());
     for path in [&args.train_file, &args.validation_file].into_iter().flatten() {
-        let read = std::fs::read(path);
-        take(&read.map_err(|e| Failure::new(format!("{}: {e}", path.display())))?);
+        let files = data_files(path)?;
+        // In a folder, names are labels.
+        if path.is_dir() {
+            let names = files.iter().filter_map(|file| file.strip_prefix(path).ok());
+            take(names.map(|name| format!("{}\n", name.display())).collect::<String>().as_bytes());
+        }
+        for file in files {
+            let read = std::fs::read(&file);
+            take(&read.map_err(|e| Failure::new(format!("{}: {e}", file.display())))?);
+        }
     }
     Ok(format!("{hash:016x}"))
 }

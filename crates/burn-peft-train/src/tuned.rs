@@ -36,11 +36,11 @@ pub trait Objective: Clone + Debug + Send + Sync + 'static {
     /// Number of targets in a batch: what the loss is a mean over.
     fn targets(batch: &Self::Batch) -> usize;
 
-    /// Tokens with and without padding, for the padding's share.
+    /// Tokens (images, where it reads these) without padding and with it, for the padding's share.
     fn tokens(batch: &Self::Batch) -> (usize, usize);
 
     /// The positions that are no padding and, with `targets_only`, at which a target is learnt, where
-    /// targets have positions.
+    /// targets have positions. Of layers that see another number of positions, all count.
     fn counted(batch: &Self::Batch, targets_only: bool) -> Counted;
 }
 

@@ -10,6 +10,7 @@ mod prompts;
 mod refusals;
 mod selective;
 mod together;
+mod vision;
 
 use safetensors::SafeTensors;
 use serde_json::Value;

@@ -16,6 +16,7 @@ mod probe;
 mod prompts;
 mod variants;
 mod whole_sequence;
+mod vision;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::{AdamConfig, GradientsParams};
