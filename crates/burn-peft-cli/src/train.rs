@@ -13,13 +13,12 @@ use burn::tensor::Device;
 use burn_peft::core::{Scope, Sites};
 use burn_peft::models::Pretrained;
 use burn_peft::train::checkpoint::{Checkpoint, past_events};
-use burn_peft::train::data::TextTokenizer;
 use burn_peft::train::{
     Console, EvalFeed, Event, MetricsFile, Objective, Observer, Options, Report, Run, Sample,
     measure,
 };
 use serde_json::{Map, Value, json};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 

@@ -99,7 +99,13 @@ impl LoraAdapter {
             return Some(delta.cast(y.dtype()));
         };
         let own = own(drops(&self.dropout, &a).then_some(x));
-        let whole = dora.turn(&as_matrix(weight.val().dequantize()), &(a, b), self.scaling, (own, delta), axis);
+        let whole = dora.turn(
+            &as_matrix(weight.val().dequantize()),
+            &(a, b),
+            self.scaling,
+            (own, delta),
+            axis,
+        );
         Some(whole.cast(y.dtype()))
     }
 }

@@ -15,8 +15,8 @@ mod other_models;
 mod probe;
 mod prompts;
 mod variants;
-mod whole_sequence;
 mod vision;
+mod whole_sequence;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::{AdamConfig, GradientsParams};

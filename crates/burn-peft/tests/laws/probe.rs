@@ -130,7 +130,13 @@ impl Probe {
         let later = Tensor::<2>::full([all, all], HIDDEN, &ids.device()).triu(1);
         let padding = (kept.clone().float() - 1.0) * -HIDDEN;
         let scores = padding.reshape([batch, 1, 1, all]) + later.reshape([1, 1, all, all]);
-        let cx = &cx.reading(SeenTokens { ids: seen, kept, past: 0, before: None, scores: Some(scores) });
+        let cx = &cx.reading(SeenTokens {
+            ids: seen,
+            kept,
+            past: 0,
+            before: None,
+            scores: Some(scores),
+        });
         let y = relu(cx.at("query").linear(&self.query, x.clone()));
         let at = cx.at("block");
         let y = at.hidden(Hidden::sublayer(&x, y).before(&self.block.norm));
