@@ -40,9 +40,11 @@ def near(name, found, expected, mask=None):
     if mask is not None:
         difference = difference[mask.bool()]
     far = difference.max().item()
-    print(f"{name:<44} differs by {far:.1e}")
-    if not far <= BOUND:
-        sys.exit(f"{name}: more than {BOUND}")
+    # Of the largest number: the adapters of some make large weights, and rounding grows with those.
+    size = max(1.0, (expected if mask is None else expected[mask.bool()]).abs().max().item())
+    print(f"{name:<44} differs by {far:.1e} of {size:.1f}")
+    if not far <= BOUND * size:
+        sys.exit(f"{name}: more than {BOUND * size:.1e}")
     checked.append(name)
 
 
@@ -206,4 +208,4 @@ if __name__ == "__main__":
         others(here, Path(folder))
         if arguments.model and arguments.adapter:
             real(here, arguments.model, arguments.adapter)
-    print(f"{len(checked)} comparisons, all within {BOUND}")
+    print(f"{len(checked)} comparisons, all within {BOUND} of the largest logit")

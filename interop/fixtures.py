@@ -14,11 +14,13 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import arrow
 import combine
 import data_inits
 import methods
 import selective
 import tiny
+import vision
 
 ROOT = Path(__file__).resolve().parent.parent / "fixtures"
 
@@ -249,6 +251,8 @@ if __name__ == "__main__":
     prompts()
     data_inits.write(ROOT, golden)
     combine.write(ROOT)
+    arrow.write(ROOT)
     selective.write(ROOT)
+    vision.write(ROOT, golden, write_adapter)
     targets()
     lora_fa()

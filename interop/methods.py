@@ -5,6 +5,7 @@ For each method: HF's configuration class, and options by a short name; `targets
 """
 
 import peft
+from peft.tuners.lora import layer, variants
 
 TARGETS = {
     "bert": {
@@ -112,6 +113,27 @@ METHODS = {
         "lokr-both": dict(targets="thin", r=1, alpha=2, decompose_both=True, init_weights="lycoris"),
         "lokr-factor": dict(targets="wide", r=2, alpha=2, decompose_factor=5, decompose_both=True, init_weights=False,
                             rank_pattern={"query": 3}, alpha_pattern={"query": 5}),
+    },
+    # Its variants; `fixtures.ADAPTERS` has LoRA itself and DoRA.
+    "LoraConfig": {
+        "kasa": dict(targets="two", r=4, lora_alpha=6, lora_dropout=0.1, kasa_config=dict(beta=0.01, gamma=0.0)),
+        "kasa-bias": dict(models=["bert"], targets="all", r=2, use_rslora=True, lora_bias=True, kasa_config={},
+                          exclude_modules=["pooler.dense"], rank_pattern={"query": 5}),
+        "bdlora": dict(targets="two", r=4, lora_alpha=6, lora_dropout=0.1, use_bdlora=dict(
+            target_modules_bd_a=["query", "q_proj"], target_modules_bd_b=["value", "k_proj"], nblocks=2)),
+        "bdlora-some": dict(targets="wide", r=6, lora_alpha=3, init_lora_weights=False, use_bdlora=dict(
+            target_modules_bd_b=["intermediate", "up_proj"], nblocks=3, match_strict=False)),
+        "qalora": dict(targets="two", r=4, lora_alpha=1, use_qalora=True),
+        "qalora-group": dict(targets="thin", r=3, lora_alpha=1, use_rslora=True, lora_dropout=0.1, use_qalora=True,
+                             qalora_group_size=4),
+        # HF PEFT looks for the invocation in causal models. The token stands in two rows of `tiny.inputs`, the pair in one.
+        "alora": dict(models=["llama"], targets="two", r=4, lora_alpha=6, lora_dropout=0.1, alora_invocation_tokens=[45]),
+        "alora-pair": dict(models=["llama"], targets="all", r=2, lora_bias=True, alora_invocation_tokens=[74, 79]),
+        "monteclora": dict(targets="two", r=4, lora_alpha=6, lora_dropout=0.1, monteclora_config=dict(
+            num_samples=4, use_entropy=True, dirichlet_prior=0.3, sample_scaler=0.01, kl_loss_weight=0.001, buffer_size=5)),
+        "monteclora-bias": dict(models=["bert"], targets="wide", r=3, lora_bias=True, monteclora_config=dict(buffer_size=2)),
+        "velora": dict(targets="two", r=4, lora_alpha=6, lora_dropout=0.1, velora_config=dict(num_groups=8)),
+        "velora-random": dict(targets="thin", r=3, velora_config=dict(num_groups=5, scale=0.5, init_type="random")),
     },
     "MissConfig": {
         "miss": dict(targets="two", r=4, miss_dropout=0.1, bias="MiSS_only"),
@@ -232,6 +254,19 @@ CONVOLUTIONS = {
     },
     "OFTConfig": {"oft": dict(target_modules=IMAGE, oft_block_size=9, bias="oft_only")},
 }
+
+
+def pooled_over_floats():
+    """HF PEFT has QA-LoRA over GPTQ layers alone. Its code asks nothing of them, and is shown layers of floats here."""
+    resolve = layer.Linear.resolve_lora_variant
+
+    def resolved(self, *, config, **more):
+        return variants.QALoraLinearVariant() if config.use_qalora else resolve(self, config=config, **more)
+
+    layer.Linear.resolve_lora_variant = resolved
+
+
+pooled_over_floats()
 
 
 def convolutions():

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (BertConfig, BertForSequenceClassification, Dinov2Config, Dinov2ForImageClassification,
+                          LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification)
 
 VOCAB = 96
 
@@ -27,6 +28,32 @@ def llama(**options):
         "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
     } | options)
     return shaken(LlamaForCausalLM(config))
+
+
+VISION = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=12, patch_size=4, num_labels=3,
+              initializer_range=0.3)
+
+
+def vit():
+    torch.manual_seed(6)
+    return shaken(ViTForImageClassification(ViTConfig(intermediate_size=48, **VISION)))
+
+
+def dinov2():
+    torch.manual_seed(7)
+    return shaken(Dinov2ForImageClassification(Dinov2Config(mlp_ratio=2, layerscale_value=0.5, **VISION)))
+
+
+def images(height=12, width=12):
+    """As a preprocessor leaves them."""
+    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(8))
+
+
+def preprocessor(folder, **said):
+    """As the checkpoints have it; what the model was trained on need not be what these numbers are."""
+    said = {"do_normalize": True, "do_rescale": True, "do_resize": True, "rescale_factor": 1 / 255,
+            "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.25, 0.2]} | said
+    (Path(folder) / "preprocessor_config.json").write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
 
 
 def shaken(model):

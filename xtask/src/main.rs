@@ -1,13 +1,17 @@
-//! The repository's own commands: `cargo xtask demo`, `test`, `ci`, `bench` and `compare`.
+//! The repository's own commands: `cargo xtask demo`, `images`, `test`, `ci`, `bench` and `compare`.
 
 mod assets;
 mod bench;
 mod ci;
 mod compare;
 mod demo;
+mod dinov2;
 mod exec;
 mod failure;
+mod fashion;
 mod fetch;
+mod images;
+mod onnx;
 mod places;
 mod python;
 mod reviews;
@@ -32,6 +36,8 @@ struct Cli {
 enum Verb {
     /// Fine-tune a real model on real reviews, from nothing
     Demo(demo::DemoArgs),
+    /// Fine-tune a real vision transformer on real pictures, from nothing
+    Images(images::ImagesArgs),
     /// Run all tests
     Test(test::TestArgs),
     /// Run every check that a change must pass
@@ -45,6 +51,7 @@ enum Verb {
 fn main() -> ExitCode {
     let done = match Cli::parse().verb {
         Verb::Demo(args) => demo::run(&args),
+        Verb::Images(args) => images::run(&args),
         Verb::Test(args) => test::run(&args),
         Verb::Ci(args) => ci::run(&args),
         Verb::Bench(args) => bench::run(&args),

@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 /// | [`parallel`](Self::parallel), [`scaled_parallel`](Self::scaled_parallel) | reads the stream that the sublayer read | 2110.04366 |
 /// | [`adapter_plus`](Self::adapter_plus) | a scale a channel, whole rows dropped | 2406.06820 |
 /// | [`adapt_former`](Self::adapt_former) | parallel to the feed-forward part, `s = 0.1` | 2205.13535 |
+/// | [`ciat`](Self::ciat) | parallel behind a norm, and a [`residual`](Self::residual) at the embeddings beside it | 2104.08154 |
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Bottleneck {
@@ -105,7 +106,7 @@ pub enum BottleneckInit {
 
 impl BottleneckInit {
     /// Beginnings of `D` and `U`.
-    fn draws(self, hidden: usize) -> [Draw; 2] {
+    pub(crate) fn draws(self, hidden: usize) -> [Draw; 2] {
         match self {
             Self::Bert => [Draw::Normal(0.0, 0.02); 2],
             Self::Houlsby => [Draw::Truncated(0.01); 2],
@@ -127,7 +128,7 @@ pub struct OwnNorm {
 }
 
 impl OwnNorm {
-    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+    pub(crate) fn forward(&self, x: Tensor<3>) -> Tensor<3> {
         let x = x.clone() - x.mean_dim(2);
         let deviation = (x.clone().square().mean_dim(2) + 1e-5).sqrt();
         x / deviation * self.weight.val().unsqueeze() + self.bias.val().unsqueeze()
@@ -168,20 +169,10 @@ pub(crate) fn read(at: &Hidden<'_>, is_parallel: bool, original_ln_before: bool)
 
 impl Adapter for BottleneckAdapter {
     fn hidden(&self, at: &Hidden<'_>) -> Option<Tensor<3>> {
-        let (how, down) = (&self.how, self.down.val());
-        let h = read(at, how.is_parallel, how.original_ln_before).cast(down.dtype());
-        let h = self.norm.as_ref().map_or(h.clone(), |norm| norm.forward(h));
-        let [batch, seq, width] = h.dims();
-        let h = linear(h, down.clone().transpose(), Some(self.down_bias.val())); // [batch, seq, r]
-        let h = how.non_linearity.apply(h);
-        let up = linear(h, self.up.val().transpose(), Some(self.up_bias.val()));
-        let scaled = match (&self.scaling, how.scaling) {
-            (Some(scaling), _) => up * scaling.val().unsqueeze(),
-            (None, Scaling::Fixed(s)) if s != 1.0 => up * s,
-            _ => up,
-        };
-        let kept = dropped(scaled, how.dropout, [batch, seq, width], &down);
-        Some(dropped(kept, how.stochastic_depth, [batch, 1, 1], &down).cast(at.y.dtype()))
+        let matrices = [self.down.val(), self.up.val()];
+        let biases = [self.down_bias.val(), self.up_bias.val()];
+        let trained = self.scaling.as_ref().map(Param::val);
+        Some(self.how.difference(at, matrices, biases, self.norm.as_ref(), trained))
     }
 }
 
@@ -214,6 +205,13 @@ impl Bottleneck {
         Self { reduction_factor, is_parallel: true, init_weights, targets, ..Self::default() }
     }
 
+    /// The layer adapters of CIAT (arXiv 2104.08154), parallel to attention and feed-forward part, behind a norm of
+    /// their own. Its embedding adapter is a [`residual`](Self::residual) at the embeddings, which is trained together
+    /// with them (`save_together` of the core).
+    pub fn ciat(reduction_factor: f64, targets: Targets) -> Self {
+        Self { ln_before: true, is_parallel: true, ..Self::residual(reduction_factor, targets) }
+    }
+
     /// [`parallel`](Self::parallel) with `s = 4`.
     pub fn scaled_parallel(reduction_factor: f64, targets: Targets) -> Self {
         Self { scaling: Scaling::Fixed(4.0), ..Self::parallel(reduction_factor, targets) }
@@ -236,6 +234,29 @@ impl Bottleneck {
     /// AdaptFormer (arXiv 2205.13535), for feed-forward parts.
     pub fn adapt_former(reduction_factor: f64, targets: Targets) -> Self {
         Self { scaling: Scaling::Fixed(0.1), ..Self::parallel(reduction_factor, targets) }
+    }
+
+    /// `s·(f(h·D + d)·U + u)` with `Dᵀ` and `Uᵀ`, `d` and `u`, and `s` where it is trained.
+    pub(crate) fn difference(
+        &self,
+        at: &Hidden<'_>,
+        [down, up]: [Tensor<2>; 2],
+        [down_bias, up_bias]: [Tensor<1>; 2],
+        norm: Option<&OwnNorm>,
+        trained: Option<Tensor<1>>,
+    ) -> Tensor<3> {
+        let h = read(at, self.is_parallel, self.original_ln_before).cast(down.dtype());
+        let h = norm.map_or(h.clone(), |norm| norm.forward(h));
+        let [batch, seq, width] = h.dims();
+        let h = linear(h, down.clone().transpose(), Some(down_bias)); // [batch, seq, r]
+        let up = linear(self.non_linearity.apply(h), up.transpose(), Some(up_bias));
+        let scaled = match (trained, self.scaling) {
+            (Some(scaling), _) => up * scaling.unsqueeze(),
+            (None, Scaling::Fixed(s)) if s != 1.0 => up * s,
+            _ => up,
+        };
+        let kept = dropped(scaled, self.dropout, [batch, seq, width], &down);
+        dropped(kept, self.stochastic_depth, [batch, 1, 1], &down).cast(at.y.dtype())
     }
 
     fn width(&self, site: &Site) -> Result<usize, Error> {
@@ -328,6 +349,7 @@ impl Method for Bottleneck {
             Self::scaled_parallel(2.0, Targets { modules_to_save: saved, ..to() }),
             Self::adapter_plus(2.0, to()),
             Self { non_linearity: Nonlinearity::GeluNew, ..Self::adapt_former(2.0, to()) },
+            Self::ciat(2.0, to()),
             Self::houlsby(2.0, to()),
         ]
     }

@@ -1,14 +1,17 @@
 //! Additive methods: something new stands beside the frozen layers, or in front of what they read. One file a
 //! method.
 
+mod adapter_drop;
 mod adapterhub;
 mod adaption_prompt;
 mod beft;
 mod bottleneck;
 mod compacter;
+mod convpass;
 mod fields;
 mod hadamard;
 mod ia3;
+mod invertible;
 mod ln_tuning;
 mod mov;
 mod nonlinearity;
@@ -26,9 +29,12 @@ mod reft;
 mod repadapter;
 mod scale_shift;
 mod source;
+mod sparse_adapter;
 mod ssf;
+mod tiny_attention;
 mod trainable_tokens;
 
+pub use adapter_drop::{AdapterDrop, DroppedAdapter};
 pub use adapterhub::{FromHub, HubMethod, HubModel, load_from_hub, save_to_hub};
 pub use adaption_prompt::{AdaptionPrompt, GatedPrompt};
 pub use beft::{Beft, BeftAdapter};
@@ -36,8 +42,10 @@ pub use bottleneck::{
     Bottleneck, BottleneckAdapter, BottleneckInit, OwnNorm, Scaling, TrainedScaling,
 };
 pub use compacter::{Compacter, CompacterAdapter, Phm};
+pub use convpass::{Convpass, ConvpassAdapter};
 pub use hadamard::Hadamard;
 pub use ia3::{Ia3, Ia3Adapter};
+pub use invertible::{Coupling, Invertible, InvertibleAdapter};
 pub use ln_tuning::{LnTuning, LnTuningAdapter};
 pub use mov::{Mov, MovAdapter};
 pub use nonlinearity::Nonlinearity;
@@ -52,5 +60,7 @@ pub use prompt_xprompt::{PrunedPrompt, XPrompt};
 pub use reft::{Reft, ReftAdapter, ReftUnit};
 pub use repadapter::{RepAdapter, RepAdapterAdapter};
 pub use scale_shift::ScaleShift;
+pub use sparse_adapter::{Pruning, SparseAdapter, SparseBottleneck, SparseMatrix};
 pub use ssf::Ssf;
+pub use tiny_attention::{TinyAttention, TinyAttentionAdapter};
 pub use trainable_tokens::{TrainableTokens, TrainableTokensAdapter};

@@ -2,6 +2,7 @@
 
 use clap::{Args, Parser, Subcommand};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use std::path::PathBuf;
 
 /// Fine-tune pretrained models with small adapters, in HF PEFT's format.
@@ -58,7 +59,7 @@ pub(crate) enum Verb {
     Train(Box<TrainArgs>),
     /// Loss and accuracy (and calibration error, or perplexity) of a model with adapters on a file
     Eval(EvalArgs),
-    /// Label texts
+    /// Label texts or images
     Predict(PredictArgs),
     /// Fit how sure an adapter is of its answers, for --laplace of eval and predict
     Laplace(LaplaceArgs),
@@ -66,7 +67,7 @@ pub(crate) enum Verb {
     Embed(EmbedArgs),
     /// Continue a text
     Generate(GenerateArgs),
-    /// Logits of token ids in a safetensors file, for other programs
+    /// Logits of token ids or pixels in a safetensors file, for other programs
     Forward(ForwardArgs),
     /// Fold adapters into the model and write it as a Hugging Face folder
     Merge(MergeArgs),
@@ -81,13 +82,14 @@ pub(crate) enum Verb {
 /// A model with adapters over it.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ModelArgs {
-    /// Folder of the model: config.json, model.safetensors (or shards), tokenizer.json
+    /// Folder of the model: config.json, model.safetensors (or shards), and tokenizer.json or
+    /// preprocessor_config.json
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
-    /// Folder of an adapter; several are added up
+    /// Folder of an adapter, or of several that were trained together; several are added up
     #[arg(long, value_name = "DIR")]
     pub(crate) adapter: Vec<PathBuf>,
-    /// text-classification or causal-lm; default: what the model is
+    /// text-classification, image-classification or causal-lm; default: what the model is
     #[arg(long)]
     pub(crate) task: Option<String>,
     /// flex, ndarray, wgpu, vulkan or cuda, if the build has it
@@ -103,6 +105,10 @@ pub(crate) struct ModelArgs {
       --output-dir out --target-modules query,value --r 8 --lora-alpha 16 --learning-rate 1e-3
   burn-peft train --model llama --task causal-lm --train-file novel.txt --packing \\
       --output-dir out --target-modules all-linear --max-length 256
+  burn-peft train --model minilm --train-file train.tsv --output-dir out --target-modules query,value \\
+      --also '{\"peft_type\": \"PREFIX_TUNING\", \"num_virtual_tokens\": 8}'
+  burn-peft train --model vit --train-file pictures --validation-split 0.1 --output-dir out \\
+      --target-modules query,value
   burn-peft train --config run.toml --seed 7
   burn-peft train --config run.toml --resume")]
 pub(crate) struct TrainArgs {
@@ -113,10 +119,11 @@ pub(crate) struct TrainArgs {
     /// Folder of the base model
     #[arg(long, value_name = "DIR")]
     pub(crate) model: Option<PathBuf>,
-    /// text-classification or causal-lm; default: what the model is
+    /// text-classification, image-classification or causal-lm; default: what the model is
     #[arg(long)]
     pub(crate) task: Option<String>,
-    /// Training data: .tsv, .csv, .jsonl; for causal-lm also plain text
+    /// Training data: .tsv, .csv, .jsonl; for causal-lm also plain text; images: a folder of a folder for
+    /// each class, or idx files (train-images-idx3-ubyte, with train-labels-idx1-ubyte beside it)
     #[arg(long, value_name = "FILE")]
     pub(crate) train_file: Option<PathBuf>,
     /// Data that decides which checkpoint is best
@@ -166,6 +173,10 @@ pub(crate) struct TrainArgs {
     /// Any option of the method by its name in adapter_config.json, its value as JSON
     #[arg(long, value_name = "NAME=JSON", help_heading = "Method")]
     pub(crate) method_option: Vec<String>,
+    /// A further method, trained together with it and laid beside it, in the words of adapter_config.json:
+    /// '{"peft_type": "BOTTLENECK", "target_modules": ["output"]}'; may be given several times
+    #[arg(long, value_name = "JSON", value_parser = object, help_heading = "Method")]
+    pub(crate) also: Vec<Map<String, Value>>,
     /// Layers to adapt: names (query,value), "all-linear", or a regular expression
     #[arg(long, help_heading = "Method")]
     pub(crate) target_modules: Option<String>,
@@ -269,7 +280,7 @@ pub(crate) struct TrainArgs {
 pub(crate) struct EvalArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
-    /// Data with labels; for causal-lm any training format
+    /// Data with labels, in any training format
     #[arg(long, value_name = "FILE")]
     pub(crate) test_file: PathBuf,
     /// Answers of the posterior that `laplace` fitted
@@ -335,13 +346,17 @@ pub(crate) struct ColumnArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   burn-peft predict --model minilm --adapter out --text \"a film to remember\"
-  burn-peft predict --model minilm --adapter out --test-file new.tsv > labels.jsonl")]
+  burn-peft predict --model minilm --adapter out --test-file new.tsv > labels.jsonl
+  burn-peft predict --model vit --adapter out --image shoe.png")]
 pub(crate) struct PredictArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
     /// Answers of the posterior that `laplace` fitted
     #[arg(long)]
     pub(crate) laplace: bool,
+    /// A PNG or JPEG image, for a model of images; may be given several times
+    #[arg(long, value_name = "FILE")]
+    pub(crate) image: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) texts: TextArgs,
 }
@@ -352,7 +367,7 @@ pub(crate) struct TextArgs {
     /// A text; may be given several times
     #[arg(long)]
     pub(crate) text: Vec<String>,
-    /// A file of texts (.tsv, .csv, .jsonl)
+    /// A file of texts (.tsv, .csv, .jsonl); for a model of images their folder, or idx images
     #[arg(long, value_name = "FILE")]
     pub(crate) test_file: Option<PathBuf>,
     #[command(flatten)]
@@ -419,7 +434,8 @@ pub(crate) struct GenerateArgs {
 #[derive(Debug, Args)]
 #[command(
     after_help = "Reads int64 `input_ids` and `attention_mask` [batch, seq] (and `token_type_ids`, if there);
-writes f32 `logits`: [batch, labels], or [batch, seq, vocab] for causal-lm.
+for a model of images f32 `pixel_values` [batch, channels, height, width], as its preprocessor leaves them. Writes
+f32 `logits`: [batch, labels], or [batch, seq, vocab] for causal-lm.
 
 Example:
   burn-peft forward --model minilm --adapter out --inputs in.safetensors --output out.safetensors"
@@ -427,7 +443,7 @@ Example:
 pub(crate) struct ForwardArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
-    /// Token ids
+    /// Token ids or pixels
     #[arg(long, value_name = "FILE")]
     pub(crate) inputs: PathBuf,
     /// Where the logits go
@@ -456,6 +472,10 @@ pub(crate) struct MergeArgs {
 pub(crate) struct InspectArgs {
     /// Folder of an adapter or of a model
     pub(crate) path: PathBuf,
+}
+
+fn object(text: &str) -> Result<Map<String, Value>, String> {
+    serde_json::from_str(text).map_err(|e| format!("expected a JSON object: {e}"))
 }
 
 fn methods() -> String {

@@ -3,7 +3,7 @@
 use crate::args::{Finite, ModelArgs};
 use crate::convert::OutputArgs;
 use crate::failure::Failure;
-use crate::model::{Ready, Task, causal, classifier};
+use crate::model::{Bert, Dinov2, Ready, Task, Vision, Vit, causal, classifier};
 use burn_peft::core::{Method, Sites, load};
 use burn_peft::models::Pretrained;
 use burn_peft::reparam::{Combination, Combine, Lora, MajoritySign, Weighted, combine};
@@ -48,7 +48,7 @@ pub(crate) struct CombineArgs {
 
 impl CombineArgs {
     fn weights(&self) -> Result<Vec<f64>, Failure> {
-        let adapters = self.model.adapter.len();
+        let adapters = self.model.folders()?.len();
         match self.weight.len() {
             _ if adapters == 0 => Err(Failure::new("nothing to combine: give --adapter")),
             0 => Ok(vec![1.0; adapters]),
@@ -64,7 +64,7 @@ fn made<M: Pretrained>(args: &CombineArgs, task: Task, ready: &Ready<M>) -> Resu
     let weights = args.weights()?;
     let sites = Sites::of(&ready.model, Some(M::OUTPUT));
     let mut loras = Vec::with_capacity(weights.len());
-    for (folder, adapters) in args.model.adapter.iter().zip(&ready.adapters) {
+    for (folder, adapters) in args.model.folders()?.iter().zip(&ready.adapters) {
         if adapters.name() != Lora::NAME {
             return Err(Failure::new(format!(
                 "{}: expected a {} adapter to combine, found {}; make it one by burn-peft convert",
@@ -93,7 +93,11 @@ pub(crate) fn run(args: &CombineArgs) -> Result<(), Failure> {
     args.weights()?;
     args.output.claim()?;
     match Task::of(&args.model.model, args.model.task.as_deref())? {
-        task @ Task::Classification => made(args, task, &classifier(&args.model)?.0),
+        task @ Task::Classification => made(args, task, &classifier::<Bert>(&args.model)?.0),
+        task @ Task::Images(Vision::Vit) => made(args, task, &classifier::<Vit>(&args.model)?.0),
+        task @ Task::Images(Vision::Dinov2) => {
+            made(args, task, &classifier::<Dinov2>(&args.model)?.0)
+        }
         task @ Task::CausalLm => made(args, task, &causal(&args.model)?),
     }
 }

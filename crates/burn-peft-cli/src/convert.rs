@@ -3,7 +3,7 @@
 use crate::args::{Finite, ModelArgs};
 use crate::failure::{Failure, print};
 use crate::files::{ADAPTER_FILES, LABELS, claim, json_bytes, read_labels};
-use crate::model::{Ready, Task, causal, classifier};
+use crate::model::{Bert, Dinov2, Ready, Task, Vision, Vit, causal, classifier};
 use burn_peft::core::{AdapterConfig, Sites, save_with};
 use burn_peft::models::Pretrained;
 use burn_peft::reparam::{Converted, Rank, convert};
@@ -71,10 +71,10 @@ impl OutputArgs {
         let Converted { method, adapters, fits } = made;
         let mut config = AdapterConfig::new(method);
         let own = ready.adapters.iter().find_map(|adapters| adapters.task_type());
-        config.task_type = Some(own.unwrap_or(task.task_type()).to_owned());
+        config.task_type = own.or(task.task_type()).map(str::to_owned);
         config.base_model_name_or_path = Some(args.model.display().to_string());
         let mut beside = Vec::new();
-        for folder in &args.adapter {
+        for folder in &args.folders()? {
             if let (Some(labels), true) = (read_labels(folder)?, beside.is_empty()) {
                 beside.push((LABELS, json_bytes(LABELS, &labels)?));
             }
@@ -111,7 +111,11 @@ fn made<M: Pretrained>(args: &ConvertArgs, task: Task, ready: &Ready<M>) -> Resu
 pub(crate) fn run(args: &ConvertArgs) -> Result<(), Failure> {
     args.output.claim()?;
     match Task::of(&args.model.model, args.model.task.as_deref())? {
-        task @ Task::Classification => made(args, task, &classifier(&args.model)?.0),
+        task @ Task::Classification => made(args, task, &classifier::<Bert>(&args.model)?.0),
+        task @ Task::Images(Vision::Vit) => made(args, task, &classifier::<Vit>(&args.model)?.0),
+        task @ Task::Images(Vision::Dinov2) => {
+            made(args, task, &classifier::<Dinov2>(&args.model)?.0)
+        }
         task @ Task::CausalLm => made(args, task, &causal(&args.model)?),
     }
 }

@@ -1,7 +1,7 @@
 //! The files of a run beside the adapter's own.
 
 use crate::failure::Failure;
-use burn_peft::core::{CONFIG_FILE, TENSORS_FILE, TensorFile, write_atomic};
+use burn_peft::core::{CONFIG_FILE, LIST_FILE, TENSORS_FILE, TensorFile, write_atomic};
 use std::path::Path;
 
 /// Names of the classes, in the order of their numbers: a JSON list.
@@ -59,7 +59,8 @@ pub(crate) fn claim(folder: &Path, names: &[&str], overwrite: bool) -> Result<()
 }
 
 /// What an adapter's folder is made of.
-pub(crate) const ADAPTER_FILES: &[&str] = &[CONFIG_FILE, TENSORS_FILE, "checkpoint/state.json"];
+pub(crate) const ADAPTER_FILES: &[&str] =
+    &[CONFIG_FILE, TENSORS_FILE, LIST_FILE, "checkpoint/state.json"];
 
 /// Largest resident memory of this process so far, in bytes, where the system says.
 pub(crate) fn peak_memory() -> Option<u64> {

@@ -3,9 +3,11 @@
 use crate::args::{ForwardArgs, GenerateArgs, MergeArgs, ModelArgs};
 use crate::failure::{Failure, print};
 use crate::files::claim;
-use crate::model::{Ready, Task, causal, classifier};
+use crate::images::read_pixels;
+use crate::model::{Bert, Dinov2, Ready, Task, Vision, Vit, causal, classifier};
+use burn::tensor::TensorData;
 use burn_peft::core::{Folds, Scope, TensorFile, merge as fold, write_tensors};
-use burn_peft::models::{LlamaForCausalLM, Pretrained, Sampling, Tokens, save_model};
+use burn_peft::models::{Classifier, LlamaForCausalLM, Pretrained, Sampling, Tokens, save_model};
 use burn_peft::train::data::{Message, TextTokenizer};
 use serde_json::json;
 use std::path::Path;
@@ -52,16 +54,22 @@ fn read_tokens(path: &Path) -> Result<Tokens, Failure> {
     Ok(tokens)
 }
 
+/// Logits of one batch.
+fn logits<M: Classifier>(args: &ForwardArgs, input: &M::Input) -> Result<TensorData, Failure> {
+    let (ready, ..) = classifier::<M>(&args.model)?;
+    ready.refuse_fresh(&args.model.model)?;
+    let (model, overlay) = (&ready.model, ready.overlay());
+    Classifier::check(model, input, &Scope::new(&overlay))?;
+    Ok(Classifier::forward(model, input, &Scope::new(&overlay)).into_data())
+}
+
 pub(crate) fn forward(args: &ForwardArgs) -> Result<(), Failure> {
-    let tokens = read_tokens(&args.inputs)?;
     let logits = match Task::of(&args.model.model, args.model.task.as_deref())? {
-        Task::Classification => {
-            let (ready, ..) = classifier(&args.model)?;
-            ready.refuse_fresh(&args.model.model)?;
-            ready.model.check(&tokens, &Scope::new(&ready.overlay()))?;
-            ready.model.forward(&tokens, &Scope::new(&ready.overlay())).into_data()
-        }
+        Task::Classification => logits::<Bert>(args, &read_tokens(&args.inputs)?)?,
+        Task::Images(Vision::Vit) => logits::<Vit>(args, &read_pixels(&args.inputs)?)?,
+        Task::Images(Vision::Dinov2) => logits::<Dinov2>(args, &read_pixels(&args.inputs)?)?,
         Task::CausalLm => {
+            let tokens = read_tokens(&args.inputs)?;
             let ready = causal(&args.model)?;
             ready.model.check(&tokens, &Scope::new(&ready.overlay()))?;
             ready.model.forward(&tokens, &Scope::new(&ready.overlay())).into_data()
@@ -167,6 +175,22 @@ fn write_merged<M: Pretrained>(
     print(&format!("merged model in {}\n", args.output_dir.display()))
 }
 
+fn merge_classifier<M: Classifier>(args: &MergeArgs) -> Result<(), Failure> {
+    let (ready, labels, _) = classifier::<M>(&args.model)?;
+    ready.refuse_fresh(&args.model.model)?;
+    let numbered = || labels.iter().enumerate();
+    let names: serde_json::Map<_, _> =
+        numbered().map(|(id, name)| (id.to_string(), json!(name))).collect();
+    let ids: serde_json::Map<_, _> =
+        numbered().map(|(id, name)| (name.clone(), json!(id))).collect();
+    let fields = [
+        ("architectures", json!([M::ARCHITECTURE])),
+        ("id2label", json!(names)),
+        ("label2id", json!(ids)),
+    ];
+    write_merged(args, &ready, &fields)
+}
+
 pub(crate) fn merge(args: &MergeArgs) -> Result<(), Failure> {
     let ModelArgs { model, adapter, task, .. } = &args.model;
     if adapter.is_empty() {
@@ -174,21 +198,9 @@ pub(crate) fn merge(args: &MergeArgs) -> Result<(), Failure> {
     }
     claim(&args.output_dir, &["config.json", "model.safetensors"], args.overwrite)?;
     match Task::of(model, task.as_deref())? {
-        Task::Classification => {
-            let (ready, labels, _) = classifier(&args.model)?;
-            ready.refuse_fresh(model)?;
-            let numbered = || labels.iter().enumerate();
-            let names: serde_json::Map<_, _> =
-                numbered().map(|(id, name)| (id.to_string(), json!(name))).collect();
-            let ids: serde_json::Map<_, _> =
-                numbered().map(|(id, name)| (name.clone(), json!(id))).collect();
-            let fields = [
-                ("architectures", json!(["BertForSequenceClassification"])),
-                ("id2label", json!(names)),
-                ("label2id", json!(ids)),
-            ];
-            write_merged(args, &ready, &fields)
-        }
+        Task::Classification => merge_classifier::<Bert>(args),
+        Task::Images(Vision::Vit) => merge_classifier::<Vit>(args),
+        Task::Images(Vision::Dinov2) => merge_classifier::<Dinov2>(args),
         Task::CausalLm => {
             let mut ready = causal(&args.model)?;
             let mut fields = vec![("architectures", json!(["LlamaForCausalLM"]))];

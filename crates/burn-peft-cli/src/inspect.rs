@@ -1,7 +1,7 @@
 //! `burn-peft inspect`.
 
 use crate::failure::{Failure, print};
-use burn_peft::core::{CONFIG_FILE, TENSORS_FILE, TensorFile, grouped};
+use burn_peft::core::{CONFIG_FILE, TENSORS_FILE, TensorFile, adapter_folders, grouped};
 use burn_peft::models::weight_files;
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -30,6 +30,10 @@ fn starred(name: &str) -> String {
 }
 
 pub(crate) fn run(folder: &Path) -> Result<(), Failure> {
+    adapter_folders(folder)?.iter().try_for_each(|folder| one(folder))
+}
+
+fn one(folder: &Path) -> Result<(), Failure> {
     let (config, shards) = files(folder)?;
     let text = std::fs::read_to_string(&config)
         .map_err(|e| Failure::new(format!("{}: {e}", config.display())))?;

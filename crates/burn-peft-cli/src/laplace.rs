@@ -1,27 +1,25 @@
 //! `burn-peft laplace`, and the answers of a classifier with and without what it fits.
 
 use crate::args::{LaplaceArgs, ModelArgs};
-use crate::evaluate::{labelled, size};
+use crate::evaluate::{Reads, Source, size};
 use crate::failure::{Failure, print};
-use crate::model::{Ready, Task, classifier};
+use crate::model::{Bert, Dinov2, Ready, Task, Vision, Vit, classifier};
 use burn_peft::core::{Product, Scope};
-use burn_peft::models::{BertForSequenceClassification, Tokens};
+use burn_peft::models::Classifier;
 use burn_peft::train::calibration::softmax;
 use burn_peft::train::laplace::{Posterior, Settings};
 use serde_json::json;
 use std::path::Path;
 
-type Classifier = Ready<BertForSequenceClassification>;
-
 /// An adapter's folder and its factors by path.
 type Factors<'a> = (&'a Path, Vec<(String, Product)>);
 
 /// Those of the one adapter that there may be.
-fn factors<'a>(args: &'a ModelArgs, ready: &Classifier) -> Result<Factors<'a>, Failure> {
+fn factors<'a, M>(args: &'a ModelArgs, ready: &Ready<M>) -> Result<Factors<'a>, Failure> {
     match (args.adapter.as_slice(), ready.adapters.as_slice()) {
         ([folder], [adapters]) => Ok((folder, adapters.products()?)),
-        (folders, _) => {
-            let found = folders.len();
+        (_, all) => {
+            let found = all.len();
             Err(Failure::new(format!(
                 "a posterior is one adapter's; expected one --adapter, found {found}"
             )))
@@ -29,30 +27,37 @@ fn factors<'a>(args: &'a ModelArgs, ready: &Classifier) -> Result<Factors<'a>, F
     }
 }
 
-pub(crate) fn refuse_causal(args: &ModelArgs) -> Result<(), Failure> {
-    match Task::of(&args.model, args.task.as_deref())? {
-        Task::Classification => Ok(()),
-        Task::CausalLm => {
-            Err(Failure::new("laplace is for classifiers of texts; this is a causal model"))
-        }
-    }
+pub(crate) fn no_classifier() -> Failure {
+    Failure::new("laplace is for classifiers; this is a causal model")
 }
 
 pub(crate) fn fit(args: &LaplaceArgs) -> Result<(), Failure> {
-    let size = size(args.per_device_eval_batch_size)?;
-    refuse_causal(&args.model)?;
-    let (ready, names, config) = classifier(&args.model)?;
-    config.check_classes()?;
+    match Task::of(&args.model.model, args.model.task.as_deref())? {
+        Task::Classification => fit_to::<Bert>(args),
+        Task::Images(Vision::Vit) => fit_to::<Vit>(args),
+        Task::Images(Vision::Dinov2) => fit_to::<Dinov2>(args),
+        Task::CausalLm => Err(no_classifier()),
+    }
+}
+
+fn fit_to<M: Reads>(args: &LaplaceArgs) -> Result<(), Failure> {
+    let source = Source {
+        model: &args.model.model,
+        path: &args.train_file,
+        columns: &args.columns,
+        max_length: args.max_length,
+        size: size(args.per_device_eval_batch_size)?,
+    };
+    let (ready, names, classes) = classifier::<M>(&args.model)?;
+    classes.check()?;
     ready.refuse_fresh(&args.model.model)?;
     let (folder, products) = factors(&args.model, &ready)?;
-    let model = &args.model.model;
-    let feed =
-        labelled(&ready, model, &args.train_file, &args.columns, names, args.max_length, size)?;
+    let feed = M::labelled(&ready, &source, names)?;
     let settings =
         Settings { n_kfac: args.n_kfac, prior_precision: args.prior_precision.map(f64::from) };
-    let batches = feed.batches().map(|(_, batch)| (batch.tokens, batch.labels));
+    let batches = feed.batches().map(|(_, batch)| (batch.input, batch.labels));
     let overlay = ready.overlay();
-    let forward = |tokens: &Tokens, cx: &Scope<'_>| ready.model.forward(tokens, cx);
+    let forward = |input: &M::Input, cx: &Scope<'_>| ready.model.forward(input, cx);
     let posterior = Posterior::fit(products, overlay, batches, forward, settings)?;
     posterior.save(folder)?;
     let precision = posterior.prior_precision();
@@ -66,19 +71,19 @@ pub(crate) fn fit(args: &LaplaceArgs) -> Result<(), Failure> {
 }
 
 /// The posterior beside the adapter.
-pub(crate) fn posterior(args: &ModelArgs, ready: &Classifier) -> Result<Posterior, Failure> {
+pub(crate) fn posterior<M>(args: &ModelArgs, ready: &Ready<M>) -> Result<Posterior, Failure> {
     let (folder, products) = factors(args, ready)?;
     Ok(Posterior::load(folder, products)?)
 }
 
-/// The probabilities of the classes of each text: as trained, or as the posterior has them.
-pub(crate) fn probabilities(
-    ready: &Classifier,
+/// The probabilities of the classes of each thing in a batch: as trained, or as the posterior has them.
+pub(crate) fn probabilities<M: Classifier>(
+    ready: &Ready<M>,
     posterior: Option<&Posterior>,
-    tokens: &Tokens,
+    input: &M::Input,
 ) -> Result<Vec<Vec<f64>>, Failure> {
     let overlay = ready.overlay();
-    let forward = |cx: &Scope<'_>| ready.model.forward(tokens, cx);
+    let forward = |cx: &Scope<'_>| ready.model.forward(input, cx);
     match posterior {
         Some(posterior) => Ok(posterior.logits(overlay, &forward)?.probabilities()),
         None => {

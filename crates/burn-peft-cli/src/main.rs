@@ -7,10 +7,13 @@ mod evaluate;
 mod failure;
 mod files;
 mod forward;
+mod images;
 mod inspect;
 mod laplace;
+mod make;
 mod model;
 mod options;
+mod prepare;
 mod train;
 
 use args::{Cli, Verb};

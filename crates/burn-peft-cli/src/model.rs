@@ -1,13 +1,16 @@
-//! A model of either task with adapters over it.
+//! A model of any task with adapters over it.
 
 use crate::args::ModelArgs;
 use crate::failure::Failure;
 use crate::files::{head_rows, read_labels};
 use burn::tensor::Device;
-use burn_peft::core::{Overlay, Sites, peft_type};
+use burn_peft::core::{Overlay, Sites, adapter_folders, peft_type};
+pub(crate) use burn_peft::models::{
+    BertForSequenceClassification as Bert, Dinov2ForImageClassification as Dinov2,
+    ViTForImageClassification as Vit,
+};
 use burn_peft::models::{
-    BertConfig, BertForSequenceClassification, LlamaForCausalLM, Loaded, Precision, Pretrained,
-    model_type,
+    Classes, Classifier, LlamaForCausalLM, Loaded, Precision, Pretrained, model_type,
 };
 use burn_peft::registry::{AnyAdapters, load_any};
 use std::path::{Path, PathBuf};
@@ -15,16 +18,36 @@ use std::path::{Path, PathBuf};
 /// What a model is trained or asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Task {
+    /// Of texts.
     Classification,
+    /// Classification of images.
+    Images(Vision),
     CausalLm,
 }
 
+/// The models of images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Vision {
+    Vit,
+    Dinov2,
+}
+
 impl Task {
-    /// HF PEFT's name.
-    pub(crate) fn task_type(self) -> &'static str {
+    /// HF PEFT's name; it has none for images.
+    pub(crate) fn task_type(self) -> Option<&'static str> {
         match self {
-            Self::Classification => "SEQ_CLS",
-            Self::CausalLm => "CAUSAL_LM",
+            Self::Classification => Some("SEQ_CLS"),
+            Self::Images(_) => None,
+            Self::CausalLm => Some("CAUSAL_LM"),
+        }
+    }
+
+    /// The name by which a user asks for it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Classification => "text-classification",
+            Self::Images(_) => "image-classification",
+            Self::CausalLm => "causal-lm",
         }
     }
 
@@ -32,34 +55,36 @@ impl Task {
     pub(crate) fn of(folder: &Path, asked: Option<&str>) -> Result<Self, Failure> {
         let found = model_type(folder)?;
         let own = match found.as_str() {
-            BertForSequenceClassification::MODEL_TYPE => Self::Classification,
+            Bert::MODEL_TYPE => Self::Classification,
             LlamaForCausalLM::MODEL_TYPE => Self::CausalLm,
+            Vit::MODEL_TYPE => Self::Images(Vision::Vit),
+            Dinov2::MODEL_TYPE => Self::Images(Vision::Dinov2),
             other => {
                 let path = folder.join("config.json");
                 return Err(Failure::new(format!(
-                    "{}: model_type: expected bert or llama, found {other}",
+                    "{}: model_type: expected bert, llama, vit or dinov2, found {other}",
                     path.display()
                 )));
             }
         };
         let asked = match asked {
-            None => own,
+            None => own.name(),
             Some("text-classification" | "sequence-classification" | "SEQ_CLS") => {
-                Self::Classification
+                "text-classification"
             }
-            Some("causal-lm" | "text-generation" | "CAUSAL_LM") => Self::CausalLm,
+            Some("image-classification") => "image-classification",
+            Some("causal-lm" | "text-generation" | "CAUSAL_LM") => "causal-lm",
             Some(other) => {
                 return Err(Failure::new(format!(
-                    "--task: expected text-classification or causal-lm, found {other}"
+                    "--task: expected text-classification, image-classification or causal-lm, found {other}"
                 )));
             }
         };
-        if asked != own {
+        if asked != own.name() {
             return Err(Failure::new(format!(
-                "--task {}: {} holds a {found} model, which is for {}",
-                asked.task_type(),
+                "--task {asked}: {} holds a {found} model, which is for {}",
                 folder.display(),
-                own.task_type()
+                own.name()
             )));
         }
         Ok(own)
@@ -83,6 +108,14 @@ impl<M> Ready<M> {
     }
 }
 
+impl ModelArgs {
+    /// The folders of all adapters, those of one folder in the order of its list.
+    pub(crate) fn folders(&self) -> Result<Vec<PathBuf>, Failure> {
+        let each = self.adapter.iter().map(|folder| adapter_folders(folder));
+        Ok(each.collect::<Result<Vec<_>, _>>()?.concat())
+    }
+}
+
 fn ready<M: Pretrained>(
     args: &ModelArgs,
     loaded: Loaded<M>,
@@ -90,7 +123,7 @@ fn ready<M: Pretrained>(
 ) -> Result<Ready<M>, Failure> {
     let sites = Sites::of(&loaded.model, Some(M::OUTPUT));
     let load = |folder: &PathBuf| load_any(folder, &sites, &device);
-    let adapters = args.adapter.iter().map(load).collect::<Result<Vec<_>, _>>()?;
+    let adapters = args.folders()?.iter().map(load).collect::<Result<Vec<_>, _>>()?;
     // What an adapter brings along is not missing.
     let brought = |name: &String| {
         let place = name.rsplit_once('.').map_or(name.as_str(), |(place, _)| place);
@@ -136,22 +169,15 @@ pub(crate) fn causal_length(asked: Option<usize>, positions: usize) -> Result<us
     }
 }
 
-/// The names of a model's own classes.
-pub(crate) fn own_labels(config: &BertConfig) -> Vec<String> {
-    let named = config.id2label.clone().unwrap_or_default();
-    let name = |id: usize| named.get(&id.to_string()).cloned().unwrap_or(format!("LABEL_{id}"));
-    (0..config.labels()).map(name).collect()
-}
-
-/// A classifier with the head of its adapters, or of its checkpoint, the names of its classes, and its
-/// configuration.
-pub(crate) fn classifier(
+/// A classifier with the head of its adapters, or of its checkpoint, the names of its classes, and what its
+/// configuration says of them.
+pub(crate) fn classifier<M: Classifier>(
     args: &ModelArgs,
-) -> Result<(Ready<BertForSequenceClassification>, Vec<String>, BertConfig), Failure> {
+) -> Result<(Ready<M>, Vec<String>, Classes), Failure> {
     let device = burn_peft::device::by_name(&args.device)?;
     let mut labels: Option<Vec<String>> = None;
     let mut rows = None;
-    for folder in &args.adapter {
+    for folder in &args.folders()? {
         peft_type(folder)?;
         let theirs = read_labels(folder)?;
         if let (Some(one), Some(other)) = (&labels, &theirs)
@@ -165,20 +191,19 @@ pub(crate) fn classifier(
             )));
         }
         labels = labels.or(theirs);
-        rows = rows.or(head_rows(folder, BertForSequenceClassification::OUTPUT)?);
+        rows = rows.or(head_rows(folder, M::OUTPUT)?);
     }
-    let edit = |config: &mut BertConfig| {
-        if let Some(rows) = rows.filter(|rows| *rows != config.labels()) {
-            config.id2label = None;
-            config.num_labels = Some(rows);
+    let edit = |config: &mut M::Config| {
+        let classes = M::classes_mut(config);
+        if let Some(rows) = rows.filter(|rows| *rows != classes.count()) {
+            classes.resize(rows);
         }
     };
-    let loaded =
-        BertForSequenceClassification::load(&args.model, Precision::F32, 0, &device, edit)?;
-    let own = own_labels(&loaded.config);
+    let loaded = M::load(&args.model, Precision::F32, 0, &device, edit)?;
+    let classes = M::classes(&loaded.config).clone();
+    let own = classes.names();
     let labels = labels.filter(|names| names.len() == own.len()).unwrap_or(own);
-    let config = loaded.config.clone();
-    Ok((ready(args, loaded, device)?, labels, config))
+    Ok((ready(args, loaded, device)?, labels, classes))
 }
 
 /// A causal language model with its adapters.

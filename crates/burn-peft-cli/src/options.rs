@@ -3,7 +3,7 @@
 use crate::args::TrainArgs;
 use crate::failure::Failure;
 use burn_peft::core::{Method, Names, OneOrMany};
-use burn_peft::train::data::TextUnit;
+use burn_peft::train::data::{TextUnit, data_files};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -119,6 +119,24 @@ fn method_fields(
     Ok(fields)
 }
 
+/// A method out of its fields, and all that it has.
+fn of_fields<T: Method>(fields: &Map<String, Value>, what: &str) -> Result<(T, Value), Failure> {
+    let method: T = read(&Map::new(), fields, what)?;
+    // A field that the method does not have would be lost silently.
+    let known = serde_json::to_value(&method).map_err(|e| Failure::new(format!("{what}: {e}")))?;
+    match fields.keys().find(|field| known.get(field.as_str()).is_none()) {
+        None => Ok((method, known)),
+        Some(unknown) => Err(Failure::new(format!("{what}: has no option `{unknown}`"))),
+    }
+}
+
+/// A method of `--also`.
+pub(crate) fn further<T: Method>(fields: &Map<String, Value>) -> Result<T, Failure> {
+    let mut fields = fields.clone();
+    fields.shift_remove("peft_type");
+    Ok(of_fields(&fields, &format!("--also {}", T::NAME.to_lowercase()))?.0)
+}
+
 /// The method that was asked for, with `saved` among the layers that are trained whole.
 pub(crate) fn configure<T: Method>(
     args: &TrainArgs,
@@ -127,12 +145,7 @@ pub(crate) fn configure<T: Method>(
 ) -> Result<T, Failure> {
     let fields = method_fields(args, fields)?;
     let what = format!("--method {}", T::NAME.to_lowercase());
-    let mut method: T = read(&Map::new(), &fields, &what)?;
-    // A field that the method does not have would be lost silently.
-    let known = serde_json::to_value(&method).map_err(|e| Failure::new(format!("{what}: {e}")))?;
-    if let Some(unknown) = fields.keys().find(|field| known.get(field.as_str()).is_none()) {
-        return Err(Failure::new(format!("{what}: has no option `{unknown}`")));
-    }
+    let (mut method, known) = of_fields::<T>(&fields, &what)?;
     // Nor would names for a method that has but one place to go.
     let given = [
         ("target_modules", args.target_modules.is_some()),
@@ -183,8 +196,16 @@ pub(crate) fn fingerprint(
     };
     take(format!("{} {steps}", Value::Object(fields)).as_bytes());
     for path in [&args.train_file, &args.validation_file].into_iter().flatten() {
-        let read = std::fs::read(path);
-        take(&read.map_err(|e| Failure::new(format!("{}: {e}", path.display())))?);
+        let files = data_files(path)?;
+        // In a folder, names are labels.
+        if path.is_dir() {
+            let names = files.iter().filter_map(|file| file.strip_prefix(path).ok());
+            take(names.map(|name| format!("{}\n", name.display())).collect::<String>().as_bytes());
+        }
+        for file in files {
+            let read = std::fs::read(&file);
+            take(&read.map_err(|e| Failure::new(format!("{}: {e}", file.display())))?);
+        }
     }
     Ok(format!("{hash:016x}"))
 }

@@ -1,6 +1,6 @@
 //! The two faces of a difference: on activations ([`Adapter`]) and on parameters ([`Fold`]).
 
-use crate::Hidden;
+use crate::{Hidden, SeenTokens};
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Embedding, Linear};
 use burn::tensor::{Int, Tensor};
@@ -20,6 +20,18 @@ pub trait Adapter: Debug + Send + Sync {
     /// `δ` of a linear layer: `x [batch, seq, in]`, `y [batch, seq, out]` → `[batch, seq, out]`.
     fn linear(&self, layer: &Linear, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
         self.linear_whole(layer, x).map(|whole| whole - y.clone())
+    }
+
+    /// [`Adapter::linear`] in a pass that reads `tokens`, for a method that asks which they are. `x` holds the states of
+    /// the last of them, where it has fewer columns.
+    fn linear_reading(
+        &self,
+        layer: &Linear,
+        x: &Tensor<3>,
+        y: &Tensor<3>,
+        tokens: &SeenTokens,
+    ) -> Option<Tensor<3>> {
+        self.linear(layer, x, y)
     }
 
     /// The whole output of a linear layer, `[batch, seq, in] → [batch, seq, out]`.
@@ -50,6 +62,12 @@ pub trait Adapter: Debug + Send + Sync {
     /// `δ` of a hidden state: what a sublayer or a block gives on, `[batch, seq, hidden]`.
     fn hidden(&self, at: &Hidden<'_>) -> Option<Tensor<3>> {
         None
+    }
+
+    /// Whether it reads hidden states of other tokens than the one at hand. No cache holds these: generation
+    /// reads the whole sequence anew for each token then.
+    fn whole_sequence(&self) -> bool {
+        false
     }
 
     /// `δ` of embedded tokens by where they stand: `positions [batch, seq]`, counted from 0 at the first token
@@ -105,6 +123,11 @@ pub trait Fold: Adapter {
     /// `Δ(v)` for a vector that is a weight: the scale of a norm, `[dim]`.
     fn vector(&self, v: &Tensor<1>) -> Option<Tensor<1>> {
         let _ = v;
+        None
+    }
+
+    /// Why it is no difference of weights after all, where its configuration makes it one of activations.
+    fn unfoldable(&self) -> Option<&'static str> {
         None
     }
 

@@ -257,6 +257,8 @@ pub trait Folds {
     fn fold_vector(&self, path: &str, v: &Tensor<1>) -> Option<Tensor<1>>;
     /// `Δ(b)` of the bias at `path`.
     fn fold_bias(&self, path: &str, b: &Tensor<1>) -> Option<Tensor<1>>;
+    /// Why the adapter at `path` is no difference of weights, where it is none.
+    fn unfoldable(&self, path: &str) -> Option<&'static str>;
     /// Whether the adapter at `path` has a bias of its own.
     fn brings_bias(&self, path: &str) -> bool;
     /// The trained copy of the layer at `path`, whose difference is in the others' answers.
@@ -311,6 +313,10 @@ impl<A: Module + ModuleDisplay + Fold> Folds for Adapters<A> {
         add(adapter, self.copy(path).and_then(|c| Fold::bias(c, b)))
     }
 
+    fn unfoldable(&self, path: &str) -> Option<&'static str> {
+        self.get(path).and_then(Fold::unfoldable)
+    }
+
     fn brings_bias(&self, path: &str) -> bool {
         self.get(path).is_some_and(Fold::brings_bias)
     }
@@ -357,6 +363,10 @@ impl<T: Method> Folds for Folded<'_, T> {
     fn fold_bias(&self, path: &str, b: &Tensor<1>) -> Option<Tensor<1>> {
         let adapter = self.fold(path).and_then(|a| a.bias(b));
         add(adapter, self.0.copy(path).and_then(|c| Fold::bias(c, b)))
+    }
+
+    fn unfoldable(&self, path: &str) -> Option<&'static str> {
+        self.fold(path).and_then(Fold::unfoldable)
     }
 
     fn brings_bias(&self, path: &str) -> bool {

@@ -19,7 +19,7 @@ fn bias<F: Fold + ?Sized>(fold: &F, base: Option<Tensor<1>>) -> Option<Tensor<1>
 
 /// The whole output `x·(W + Δ(W)) + b + Δ(b)`, for [`Adapter::linear_whole`](crate::Adapter::linear_whole).
 pub fn linear<F: Fold + ?Sized>(fold: &F, layer: &Linear, x: &Tensor<3>) -> Option<Tensor<3>> {
-    let w = layer.weight.val();
+    let w = layer.weight.val().dequantize();
     let delta = fold.weight(&w)?;
     // A base in half precision is met in the adapter's.
     let dtype = delta.dtype();

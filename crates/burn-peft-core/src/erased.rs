@@ -1,7 +1,7 @@
 //! An adapter of whatever method behind one type: what is written for it is compiled once, and not once
 //! a method.
 
-use crate::{Adapter, Adapters, Guide, Hidden, Policy};
+use crate::{Adapter, Adapters, Guide, Hidden, Policy, SeenTokens};
 use burn::module::{
     Content, Devices, Flag, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper,
     ModuleVisitor, Param,
@@ -321,6 +321,16 @@ impl Adapter for AnyAdapter {
         self.0.linear(layer, x, y)
     }
 
+    fn linear_reading(
+        &self,
+        layer: &Linear,
+        x: &Tensor<3>,
+        y: &Tensor<3>,
+        tokens: &SeenTokens,
+    ) -> Option<Tensor<3>> {
+        self.0.linear_reading(layer, x, y, tokens)
+    }
+
     fn linear_whole(&self, layer: &Linear, x: &Tensor<3>) -> Option<Tensor<3>> {
         self.0.linear_whole(layer, x)
     }
@@ -344,6 +354,10 @@ impl Adapter for AnyAdapter {
 
     fn hidden(&self, at: &Hidden<'_>) -> Option<Tensor<3>> {
         self.0.hidden(at)
+    }
+
+    fn whole_sequence(&self) -> bool {
+        self.0.whole_sequence()
     }
 
     fn positional(&self, positions: &Tensor<2, Int>) -> Option<Tensor<3>> {

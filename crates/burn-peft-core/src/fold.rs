@@ -37,6 +37,8 @@ impl<A: Module + ModuleDisplay + Fold + Sync + 'static> Reparameterization for A
         ) -> Tensor<R> {
             [adapter, copy].into_iter().flatten().fold(base, |sum, delta| sum + delta)
         }
+        // A quantized base is met in floats.
+        let base = base.dequantize();
         let shape = base.dims();
         let folds = (self.adapter.as_ref(), self.copy.as_ref());
         match Value::new(base.clone()) {
@@ -126,8 +128,8 @@ where
     Ok(model.apply_reparameterization(Attacher { adapters }))
 }
 
-/// Refuses places that the model does not have, and biases for layers that have none: they would
-/// be lost without a word.
+/// Refuses places that the model does not have, what is no difference of weights, and biases for layers that
+/// have none: they would be lost without a word.
 fn check<M: Module>(model: &M, folds: &dyn Folds) -> Result<(), Error> {
     let sites = Sites::of(model, None);
     for path in folds.paths() {
@@ -135,6 +137,9 @@ fn check<M: Module>(model: &M, folds: &dyn Folds) -> Result<(), Error> {
             let near = sites.all.iter().map(|site| site.path.as_str());
             return Err(Error::no_match("adapter", &path, "layer", near));
         };
+        if let Some(reason) = folds.unfoldable(&path) {
+            return Err(Error::place(path, reason));
+        }
         if site.bias.is_none() && folds.brings_bias(&path) {
             let reason = "the adapter adds a bias and the layer has none to fold it into; \
                           run the model with the adapter as an overlay instead";
@@ -145,6 +150,9 @@ fn check<M: Module>(model: &M, folds: &dyn Folds) -> Result<(), Error> {
 }
 
 /// A plain model with the adapters folded in: `W' = W + Σ wᵢ·Δᵢ(W)`. The old model is still there.
+///
+/// Of a quantized base the weights that change come out in floats: rounded again, they would lose what was
+/// trained.
 ///
 /// # Errors
 /// A path of the adapters that the model does not have, a bias for a layer that has none, or a
@@ -210,7 +218,7 @@ impl ModuleMapper for Merger<'_> {
         let Some((place, name)) = split(&path) else {
             return param;
         };
-        let base = param.base().without_autodiff();
+        let base = param.base().without_autodiff().dequantize();
         let shape = base.dims();
         let merged: Option<Tensor<D>> = match (Value::new(base.clone()), name) {
             (Some(Value::D1(v)), "bias") => {

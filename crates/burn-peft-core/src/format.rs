@@ -3,7 +3,7 @@
 use crate::adapters::copies;
 use crate::{
     Adapters, Error, Method, Part, PlaceTensors, Site, Sites, Strictness, TensorFile, TrainedCopy,
-    tensor_bytes, write_together,
+    Unwritten, tensor_bytes, write_together,
 };
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor, TensorData};
@@ -174,6 +174,23 @@ pub fn save_with<T: Method>(
     adapters: &Adapters<T::Adapter>,
     others: &[(&str, Vec<u8>)],
 ) -> Result<(), Error> {
+    let files = adapter_files(folder, config, sites, adapters, others)?;
+    let files: Vec<(PathBuf, &[u8])> =
+        files.iter().map(|(path, bytes)| (path.clone(), bytes.as_slice())).collect();
+    write_together(&files)
+}
+
+/// What [`save_with`] writes, the configuration last.
+///
+/// # Errors
+/// Adapters of another model, or tensors that the format cannot hold.
+pub fn adapter_files<T: Method>(
+    folder: &Path,
+    config: &AdapterConfig<T>,
+    sites: &Sites,
+    adapters: &Adapters<T::Adapter>,
+    others: &[(&str, Vec<u8>)],
+) -> Result<Vec<Unwritten>, Error> {
     let config = AdapterConfig { method: config.method.portable(), ..config.clone() };
     let mut tensors: Vec<(String, TensorData)> = Vec::new();
     let [shared, places] = T::PREFIXES;
@@ -205,11 +222,8 @@ pub fn save_with<T: Method>(
     let bytes = tensor_bytes(&path, tensors.iter().map(|(name, data)| (name.clone(), data)))?;
     let mark = folder.join(CONFIG_FILE);
     let json = config.to_json(&mark)?;
-    let mut files: Vec<(PathBuf, &[u8])> = Vec::new();
-    files.extend(others.iter().map(|(name, bytes)| (folder.join(name), bytes.as_slice())));
-    files.push((path, &bytes));
-    files.push((mark, &json));
-    write_together(&files)
+    let others = others.iter().map(|(name, bytes)| (folder.join(name), bytes.clone()));
+    Ok(others.chain([(path, bytes), (mark, json)]).collect())
 }
 
 fn copy_is_whole(copy: &TrainedCopy) -> bool {

@@ -121,14 +121,24 @@ pub struct SeenTokens {
     pub kept: Tensor<2, Int>,
     /// Number of columns that earlier passes have read (generation).
     pub past: usize,
+    /// The ids of those, `[batch, past]`; none where there are none.
+    pub before: Option<Tensor<2, Int>>,
+    /// What the model's own attention adds to the score of each pair, `[batch or 1, 1, seq or 1, past + seq]`:
+    /// [`HIDDEN`](crate::HIDDEN) where the one must not see the other; `None` where all see all.
+    pub scores: Option<Tensor<4>>,
 }
 
 impl SeenTokens {
-    fn select(&self, rows: &Tensor<1, Int>) -> Self {
+    pub(crate) fn select(&self, rows: &Tensor<1, Int>) -> Self {
         Self {
             ids: self.ids.clone().select(0, rows.clone()),
             kept: self.kept.clone().select(0, rows.clone()),
             past: self.past,
+            before: self.before.as_ref().map(|before| before.clone().select(0, rows.clone())),
+            scores: self.scores.clone().map(|scores| match scores.dims()[0] {
+                1 => scores,
+                _ => scores.select(0, rows.clone()),
+            }),
         }
     }
 }

@@ -13,7 +13,7 @@
 //! * A model of ours takes a [`Scope`] in its forward; the scope adds what lies at each place. Any
 //!   other Burn model is trained through [`attach`].
 //! * [`merge`] makes a plain model. A [`Bank`] holds several adapters and selects among them.
-//! * [`save`] and [`load`] speak HF PEFT's file format.
+//! * [`save`] and [`load`] speak HF PEFT's file format; [`save_together`] holds several adapters in one folder.
 
 mod adapter;
 mod adapters;
@@ -29,8 +29,10 @@ mod hidden;
 mod method;
 mod policy;
 mod product;
+mod quantize;
 mod riemannian;
 mod scope;
+mod several;
 mod shared;
 mod site;
 mod slopes;
@@ -47,13 +49,19 @@ pub use copy::{Part, TrainedCopy};
 pub use erased::AnyAdapter;
 pub use error::Error;
 pub use fold::{Attached, attach, merge};
-pub use format::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, load, peft_type, save, save_with};
+pub use format::{
+    AdapterConfig, CONFIG_FILE, TENSORS_FILE, adapter_files, load, peft_type, save, save_with,
+};
 pub use hidden::{Hidden, HiddenPlace, SeenTokens};
 pub use method::{Biases, Method, site_rng};
 pub use policy::{Guide, Policy};
 pub use product::Product;
+pub use quantize::quantize;
+/// What [`Method::init`] draws with.
+pub use rand;
 pub use riemannian::ridge_inverse;
 pub use scope::{Front, HIDDEN, Laid, Overlay, Scope, Strength};
+pub use several::{LIST_FILE, Unwritten, adapter_folders, save_together};
 pub use site::{Kind, Site, Sites, Value, as_matrix, from_matrix, hf_component, hf_path};
 pub use slopes::{Slope, Slopes, Tuning};
 pub use summary::{Summary, grouped};

@@ -126,7 +126,8 @@ impl<'a> Scope<'a> {
         Self { overlay: self.overlay, path, tokens: self.tokens.clone() }
     }
 
-    /// The same place, in a pass that reads these tokens: what lies over hidden states may ask which.
+    /// The same place, in a pass that reads these tokens: what lies over hidden states and linear layers may ask
+    /// which.
     pub fn reading(&self, tokens: SeenTokens) -> Self {
         Self { tokens: Some(tokens), ..self.clone() }
     }
@@ -165,7 +166,11 @@ impl<'a> Scope<'a> {
         };
         let y = alone.unwrap_or_else(|| {
             let y0 = frozen(layer, x.clone());
-            sum(laid, &x, y0, |a, x, y| a.linear(layer, x, y))
+            let at = States { x, tokens: self.tokens.clone() };
+            sum(laid, &at, y0, |a, States { x, tokens }, y| match tokens {
+                Some(tokens) => a.linear_reading(layer, x, y, tokens),
+                None => a.linear(layer, x, y),
+            })
         });
         let [_, _, out] = y.dims();
         dims[D - 1] = out;
@@ -200,6 +205,11 @@ impl<'a> Scope<'a> {
         at.tokens = self.tokens.clone();
         let y0 = at.y.clone();
         sum(laid, &at, y0, |a, at, _| a.hidden(at))
+    }
+
+    /// Whether something here reads [the states of other tokens](Adapter::whole_sequence).
+    pub fn whole_sequence(&self) -> bool {
+        self.laid().iter().any(|laid| laid.adapter.whole_sequence())
     }
 
     /// How many virtual tokens, or keys and values, stand in front here.
@@ -326,6 +336,21 @@ impl<const D: usize> Input for Tensor<D> {
 impl<const D: usize> Input for Tensor<D, Int> {
     fn rows(&self, rows: &Tensor<1, Int>) -> Self {
         self.clone().select(0, rows.clone())
+    }
+}
+
+/// What enters a linear layer, and the tokens that it is the states of.
+struct States {
+    x: Tensor<3>,
+    tokens: Option<SeenTokens>,
+}
+
+impl Input for States {
+    fn rows(&self, rows: &Tensor<1, Int>) -> Self {
+        Self {
+            x: self.x.rows(rows),
+            tokens: self.tokens.as_ref().map(|tokens| tokens.select(rows)),
+        }
     }
 }
 

@@ -122,11 +122,12 @@ impl Site {
         }
     }
 
-    /// The weight as a matrix `[fan_in, fan_out]`; `None` where it is a vector.
+    /// The weight as a matrix `[fan_in, fan_out]`; `None` where it is a vector. A quantized weight is read
+    /// back into floats, which is a copy.
     pub fn matrix(&self) -> Option<Tensor<2>> {
         match &self.weight {
             Value::D1(_) => None,
-            Value::D2(t) => Some(t.clone()),
+            Value::D2(t) => Some(t.clone().dequantize()),
             Value::D3(t) => Some(as_matrix(t.clone())),
             Value::D4(t) => Some(as_matrix(t.clone())),
         }
@@ -243,7 +244,8 @@ struct Finder {
     found: BTreeMap<String, Found>,
 }
 
-fn kind_of(owner: &str, rank: usize) -> Option<Kind> {
+/// What a parameter of that rank is the weight of, by the type of the module that holds it.
+pub(crate) fn kind_of(owner: &str, rank: usize) -> Option<Kind> {
     match (owner.strip_prefix("Struct:").unwrap_or(owner), rank) {
         ("Linear", 2) => Some(Kind::Linear),
         ("Embedding", 2) => Some(Kind::Embedding),

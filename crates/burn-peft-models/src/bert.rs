@@ -2,17 +2,16 @@
 // Fields are named as in the checkpoint, where this one is in capitals.
 #![allow(non_snake_case)]
 
-use crate::Tokens;
+use crate::activation::Activation;
 use crate::attention::{behind, padding_mask, split_heads};
 use crate::load::{Pretrained, linear, plausible, table};
+use crate::{Classes, Classifier, Tokens};
 use burn::module::Module;
 use burn::nn::{Embedding, LayerNorm, LayerNormConfig, Linear};
-use burn::tensor::activation::{gelu_approximate, relu};
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{Error, Front, Hidden, HiddenPlace, Scope};
-use burn_peft_kernels::{attention, gelu};
+use burn_peft_kernels::attention;
 use serde::Deserialize;
-use std::collections::BTreeMap;
 
 /// The fields of `config.json` that shape the model, with `transformers`' defaults.
 #[derive(Debug, Clone, Deserialize)]
@@ -29,10 +28,9 @@ pub struct BertConfig {
     pub type_vocab_size: usize,
     pub layer_norm_eps: f64,
     pub initializer_range: f64,
-    pub id2label: Option<BTreeMap<String, String>>,
-    pub num_labels: Option<usize>,
     pub position_embedding_type: Option<String>,
-    pub problem_type: Option<String>,
+    #[serde(flatten)]
+    pub classes: Classes,
 }
 
 impl Default for BertConfig {
@@ -48,38 +46,13 @@ impl Default for BertConfig {
             type_vocab_size: 2,
             layer_norm_eps: 1e-12,
             initializer_range: 0.02,
-            id2label: None,
-            num_labels: None,
             position_embedding_type: None,
-            problem_type: None,
+            classes: Classes::default(),
         }
     }
 }
 
 impl BertConfig {
-    /// Number of classes: as many as have names, or `num_labels`, or 2.
-    pub fn labels(&self) -> usize {
-        self.id2label.as_ref().map(BTreeMap::len).or(self.num_labels).unwrap_or(2)
-    }
-
-    /// Refuses heads whose outputs are not the scores of classes that exclude each other.
-    ///
-    /// # Errors
-    /// A `problem_type` of regression or of several labels at once, or a single label.
-    pub fn check_classes(&self) -> Result<(), Error> {
-        const EXPECTED: &str = "single_label_classification";
-        match self.problem_type.as_deref() {
-            None | Some(EXPECTED) if self.labels() > 1 => Ok(()),
-            None | Some(EXPECTED) => {
-                Err(Error::config("num_labels", "expected two classes or more, found 1"))
-            }
-            Some(other) => {
-                let reason = format!("`{other}` is not implemented; expected {EXPECTED}");
-                Err(Error::config("problem_type", reason))
-            }
-        }
-    }
-
     fn check(&self) -> Result<(), Error> {
         plausible(&[
             ("vocab_size", self.vocab_size),
@@ -89,7 +62,7 @@ impl BertConfig {
             ("intermediate_size", self.intermediate_size),
             ("max_position_embeddings", self.max_position_embeddings),
             ("type_vocab_size", self.type_vocab_size),
-            ("num_labels", self.labels()),
+            ("num_labels", self.classes.count()),
         ])?;
         if let Some(other) = self.position_embedding_type.as_deref().filter(|t| *t != "absolute") {
             let reason = format!("`{other}` is not implemented; expected absolute");
@@ -103,36 +76,6 @@ impl BertConfig {
             return Err(Error::config("hidden_size", format!("{found}, the num_attention_heads")));
         }
         Activation::of(&self.hidden_act).map(drop)
-    }
-}
-
-#[derive(Debug, Clone, Copy)]
-enum Activation {
-    Gelu,
-    GeluTanh,
-    Relu,
-}
-
-impl Activation {
-    fn of(name: &str) -> Result<Self, Error> {
-        match name {
-            "gelu" => Ok(Self::Gelu),
-            "gelu_new" | "gelu_pytorch_tanh" => Ok(Self::GeluTanh),
-            "relu" => Ok(Self::Relu),
-            other => {
-                let reason =
-                    format!("`{other}` is not implemented; expected gelu, gelu_new or relu");
-                Err(Error::config("hidden_act", reason))
-            }
-        }
-    }
-
-    fn apply(self, x: Tensor<3>) -> Tensor<3> {
-        match self {
-            Self::Gelu => gelu(x),
-            Self::GeluTanh => gelu_approximate(x),
-            Self::Relu => relu(x),
-        }
     }
 }
 
@@ -342,11 +285,11 @@ impl BertModel {
         let places =
             at.at("position_embeddings").embedding(&parts.position_embeddings, ids(&positions));
         let sum = embedded + types + places;
-        let cx = &cx.reading(tokens.seen(n, 0, &device));
+        let mask = padding_mask(&tokens.mask, &front, [tokens.batch, tokens.seq], &device);
+        let cx = &cx.reading(tokens.seen(n, &[], mask.clone(), &device));
         let at = cx.at("embeddings");
         let y = at.at("LayerNorm").layer_norm(&parts.LayerNorm, parts.epsilon, sum.clone());
         let mut x = at.hidden(Hidden::block(sum, y));
-        let mask = padding_mask(&tokens.mask, &front, [tokens.batch, tokens.seq], &device);
         let at = cx.at("encoder");
         for (index, layer) in self.encoder.layer.iter().enumerate() {
             x = layer.forward(x, mask.clone(), &at.block("layer", index));
@@ -431,7 +374,7 @@ impl Pretrained for BertForSequenceClassification {
     fn init(config: &BertConfig, device: &Device) -> Result<Self, Error> {
         Ok(Self {
             bert: BertModel::init(config, device)?,
-            classifier: linear(config.hidden_size, config.labels(), true, device),
+            classifier: linear(config.hidden_size, config.classes.count(), true, device),
             limits: Limits {
                 vocab: config.vocab_size,
                 positions: config.max_position_embeddings,
@@ -442,5 +385,26 @@ impl Pretrained for BertForSequenceClassification {
 
     fn initializer_range(config: &BertConfig) -> f64 {
         config.initializer_range
+    }
+}
+
+impl Classifier for BertForSequenceClassification {
+    type Input = Tokens;
+    const ARCHITECTURE: &'static str = "BertForSequenceClassification";
+
+    fn classes(config: &BertConfig) -> &Classes {
+        &config.classes
+    }
+
+    fn classes_mut(config: &mut BertConfig) -> &mut Classes {
+        &mut config.classes
+    }
+
+    fn check(&self, tokens: &Tokens, cx: &Scope<'_>) -> Result<(), Error> {
+        self.check(tokens, cx)
+    }
+
+    fn forward(&self, tokens: &Tokens, cx: &Scope<'_>) -> Tensor<2> {
+        self.forward(tokens, cx)
     }
 }

@@ -9,6 +9,8 @@ pub struct KvCache {
     layers: Vec<Cached>,
     /// What is added to the score of each token held, a row of the batch.
     pub(crate) scores: Vec<Vec<f32>>,
+    /// The id of each token held, a row of the batch.
+    pub(crate) ids: Vec<Vec<i32>>,
 }
 
 /// Of one block.

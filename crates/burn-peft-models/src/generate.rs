@@ -1,8 +1,8 @@
-//! Text generation with a cache of keys and values.
+//! Text generation.
 
 use crate::{KvCache, LlamaForCausalLM, Tokens};
 use burn::tensor::Tensor;
-use burn_peft_core::{Error, Scope};
+use burn_peft_core::{Error, Scope, Sites};
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
 
@@ -85,7 +85,8 @@ impl Sampling {
     }
 }
 
-/// Continues `prompt` until an end token, `max_new_tokens`, or the model's last position. Each
+/// Continues `prompt`, with a cache unless something over the model [reads whole
+/// sequences](burn_peft_core::Adapter::whole_sequence), until an end token, `max_new_tokens`, or the model's last position. Each
 /// token goes to `each` as it comes; returning false stops. Returns the new tokens.
 ///
 /// # Errors
@@ -102,11 +103,13 @@ pub fn generate(
     let mut tokens = Tokens::row(prompt);
     model.check(&tokens, cx)?;
     let mut rng = ChaCha8Rng::seed_from_u64(sampling.seed);
-    let mut cache = KvCache::default();
+    let sites = Sites::of(model, None);
+    let whole = sites.places().any(|site| cx.at(&site.path).whole_sequence());
+    let mut cache = (!whole).then(KvCache::default);
     let mut new = Vec::new();
     let room = model.max_positions() - prompt.len() - model.virtual_tokens(cx);
     while new.len() < sampling.max_new_tokens.min(room) {
-        let hidden = model.hidden(&tokens, cx, Some(&mut cache)); // [1, s, h]
+        let hidden = model.hidden(&tokens, cx, cache.as_mut()); // [1, s, h]
         let [_, seq, width] = hidden.dims();
         let last: Tensor<3> = hidden.slice([0..1, seq - 1..seq, 0..width]);
         let logits = model.logits(last, cx).into_data().convert::<f32>();
@@ -123,7 +126,10 @@ pub fn generate(
         if !each(next) {
             break;
         }
-        tokens = Tokens::row(&[next]);
+        tokens = match cache {
+            Some(_) => Tokens::row(&[next]),
+            None => Tokens::row(&[prompt, &new].concat()),
+        };
     }
     Ok(new)
 }

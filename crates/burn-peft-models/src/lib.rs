@@ -4,17 +4,27 @@
 //! Field names are those of the Hugging Face checkpoint, so that paths of places, names in files
 //! and HF PEFT's targets are the same words. A forward takes a [`Scope`](burn_peft_core::Scope).
 
+mod activation;
 mod attention;
 mod bert;
 mod cache;
+mod classes;
+mod dinov2;
 mod generate;
+mod images;
 mod llama;
 mod load;
+mod patches;
 mod tokens;
+mod vit;
 
 pub use bert::{BertConfig, BertForSequenceClassification, BertModel};
 pub use cache::KvCache;
+pub use classes::{Classes, Classifier};
+pub use dinov2::{Dinov2Config, Dinov2ForImageClassification, Dinov2Model};
 pub use generate::{Sampling, generate};
+pub use images::Images;
 pub use llama::{LlamaConfig, LlamaForCausalLM, LlamaModel, Rope};
 pub use load::{Loaded, Precision, Pretrained, model_type, save_model, weight_files};
 pub use tokens::Tokens;
+pub use vit::{ViTConfig, ViTForImageClassification, ViTModel};

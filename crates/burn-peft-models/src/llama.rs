@@ -363,13 +363,19 @@ impl LlamaModel {
         let positions =
             tokens.positions(first..first + n, first + past + n, Self::virtual_tokens(cx));
         let tables = self.rope.tables(&positions, [tokens.batch, rows], &device);
-        let cx = &cx.reading(tokens.seen(n, past, &device));
+        let held = cache.as_ref().map_or(&[][..], |cache| cache.ids.as_slice());
+        let cx = &cx.reading(tokens.seen(n, held, mask.clone(), &device));
         for (index, layer) in self.layers.iter().enumerate() {
             let cache = cache.as_deref_mut().map(|cache| (cache, index));
             x = layer.forward(x, &tables, mask.clone(), cache, &cx.block("layers", index));
         }
         if let Some(cache) = cache {
             cache.scores = scores;
+            cache.ids.resize(tokens.batch, Vec::new());
+            let read = tokens.behind(n, -1, &tokens.ids);
+            for (row, ids) in cache.ids.iter_mut().zip(read.chunks(rows)) {
+                row.extend(ids);
+            }
         }
         let x = if n == 0 { x } else { x.narrow(1, n, tokens.seq) };
         cx.at("norm").rms_norm(&self.norm, x)

@@ -350,6 +350,7 @@ const COMPANIONS: &[&str] = &[
     "vocab.txt",
     "merges.txt",
     "tokenizer.model",
+    "preprocessor_config.json",
     "generation_config.json",
     "chat_template.jinja",
 ];

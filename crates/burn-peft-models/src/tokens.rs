@@ -89,12 +89,21 @@ impl Tokens {
         Tensor::from_data(TensorData::new(values.to_vec(), [self.batch, columns]), device)
     }
 
-    /// For what lies over the model, behind `n` virtual tokens and after `past` columns that were read before.
-    /// Virtual tokens have no id, and are none of the sequence's own.
-    pub(crate) fn seen(&self, n: usize, past: usize, device: &Device) -> SeenTokens {
+    /// For what lies over the model, behind `n` virtual tokens and after the ids of `past`, a row of the batch
+    /// each, that were read before. Virtual tokens have no id, and are none of the sequence's own; `scores` are
+    /// those of the model's attention.
+    pub(crate) fn seen(
+        &self,
+        n: usize,
+        past: &[Vec<i32>],
+        scores: Option<Tensor<4>>,
+        device: &Device,
+    ) -> SeenTokens {
         let [ids, kept] = [(&self.ids, -1), (&self.mask, 0)]
             .map(|(values, front)| self.tensor(&self.behind(n, front, values), device));
-        SeenTokens { ids, kept, past }
+        let columns = past.first().map_or(0, Vec::len);
+        let before = (columns > 0).then(|| self.tensor(&past.concat(), device));
+        SeenTokens { ids, kept, past: columns, before, scores }
     }
 
     /// The `values` of each row behind `n` times `front`, for the virtual tokens that stand there.

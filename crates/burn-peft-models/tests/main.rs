@@ -4,8 +4,9 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use burn_peft_core::{Kind, Laid, Overlay, Scope, Sites, TensorFile, write_tensors};
 use burn_peft_models::{
-    BertForSequenceClassification, KvCache, LlamaForCausalLM, Loaded, Precision, Pretrained,
-    Sampling, Tokens, generate, save_model,
+    BertForSequenceClassification, Classifier, Dinov2ForImageClassification, Images, KvCache,
+    LlamaForCausalLM, Loaded, Precision, Pretrained, Sampling, Tokens, ViTForImageClassification,
+    generate, save_model,
 };
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -71,6 +72,41 @@ fn bert_equals_transformers() {
     close(&values(model.forward(&tokens, &Scope::plain())), &floats(&mut file, "logits"));
     let embedding = model.encoder().embed(&tokens, &Scope::plain().at("bert"));
     close(&values(embedding), &floats(&mut file, "embedding"));
+}
+
+fn images(file: &mut TensorFile, name: &str) -> Images {
+    let shape = file.shape(name).expect("is in the golden file").to_vec();
+    Images { pixels: floats(file, name), batch: shape[0], shape: [shape[1], shape[2], shape[3]] }
+}
+
+/// On images of the size that positions were learnt on, and of another.
+fn classifies_as_transformers<M: Classifier<Input = Images>>(name: &str) {
+    let folder = fixture(name);
+    let model: M = load(&folder).model;
+    let mut file = golden(&folder);
+    for size in ["", "other_"] {
+        let images = images(&mut file, &format!("{size}pixel_values"));
+        model.check(&images, &Scope::plain()).expect("are images of its own");
+        let logits = values(model.forward(&images, &Scope::plain()));
+        close(&logits, &floats(&mut file, &format!("{size}logits")));
+    }
+    let small = Images { pixels: vec![0.0; 27], batch: 1, shape: [3, 3, 3] };
+    let gray = Images { pixels: vec![0.0; 144], batch: 1, shape: [1, 12, 12] };
+    let short = Images { pixels: vec![0.0; 5], batch: 1, shape: [3, 12, 12] };
+    for (images, says) in [
+        (small, "expected at least 4 by 4, found 3 by 3"),
+        (gray, "expected 3 channels, found 1"),
+        (short, "found 5 numbers"),
+    ] {
+        let said = model.check(&images, &Scope::plain()).expect_err("is refused").to_string();
+        assert!(said.contains(says), "{said}");
+    }
+}
+
+#[test]
+fn vision_transformers_equal_transformers() {
+    classifies_as_transformers::<ViTForImageClassification>("vit");
+    classifies_as_transformers::<Dinov2ForImageClassification>("dinov2");
 }
 
 #[test]
@@ -171,16 +207,22 @@ fn a_saved_model_is_the_model() {
 
 #[test]
 fn sites_bear_the_checkpoints_names() {
-    let folder = fixture("bert");
-    let model: BertForSequenceClassification = load(&folder).model;
-    let file = TensorFile::open(folder.join("model.safetensors")).expect("is committed");
-    let sites = Sites::of(&model, Some(BertForSequenceClassification::OUTPUT));
-    for site in sites.all.iter().filter(|site| site.kind != Kind::Hidden) {
-        assert!(file.has(&format!("{}.weight", site.path)), "{}", site.path);
+    fn same<M: Pretrained>(name: &str) {
+        let folder = fixture(name);
+        let model: M = load(&folder).model;
+        let file = TensorFile::open(folder.join("model.safetensors")).expect("is committed");
+        let sites = Sites::of(&model, Some(M::OUTPUT));
+        for site in sites.all.iter().filter(|site| site.kind != Kind::Hidden) {
+            assert!(file.has(&format!("{}.weight", site.path)), "{}", site.path);
+        }
+        assert!(sites.get(M::OUTPUT).is_some());
+        let ours = file.names().filter(|name| !name.ends_with("mask_token"));
+        let count: usize = ours.map(|n| file.shape(n).map_or(0, |s| s.iter().product())).sum();
+        assert_eq!(Module::num_params(&model), count);
     }
-    assert!(sites.get(BertForSequenceClassification::OUTPUT).is_some());
-    let count: usize = file.names().map(|n| file.shape(n).map_or(0, |s| s.iter().product())).sum();
-    assert_eq!(model.num_params(), count);
+    same::<BertForSequenceClassification>("bert");
+    same::<ViTForImageClassification>("vit");
+    same::<Dinov2ForImageClassification>("dinov2");
 }
 
 /// Takes note of the places that a forward pass asks for.
@@ -205,6 +247,13 @@ fn a_forward_pass_visits_the_places_that_are_found() {
         let hidden = sites.all.iter().filter(|site| site.kind == Kind::Hidden);
         assert!(hidden.clone().count() > 5 && hidden.clone().all(|site| site.fan_out() == 32));
     }
+    let images = Images { pixels: vec![0.5; 3 * 12 * 12], batch: 1, shape: [3, 12, 12] };
+    same::<ViTForImageClassification>("vit", |model, cx| {
+        model.forward(&images, cx);
+    });
+    same::<Dinov2ForImageClassification>("dinov2", |model, cx| {
+        model.forward(&images, cx);
+    });
     let tokens = Tokens::row(&[5, 40, 17]);
     same::<BertForSequenceClassification>("bert", |model, cx| {
         model.forward(&tokens, cx);
@@ -287,6 +336,11 @@ fn broken_folders_are_refused_with_a_sentence() {
     let lost =
         changed("llama-linear-sharded-f16", "model.safetensors.index.json", edit("00002", "00009"));
     assert!(refusal::<Llama>(lost.path()).contains("00009"));
+    let (no, yes) = ("\"use_swiglu_ffn\": false", "\"use_swiglu_ffn\": true");
+    let swiglu = changed("dinov2", "config.json", edit(no, yes));
+    assert!(refusal::<Dinov2ForImageClassification>(swiglu.path()).contains("use_swiglu_ffn"));
+    let coarse = changed("vit", "config.json", edit("\"patch_size\": 4", "\"patch_size\": 13"));
+    assert!(refusal::<ViTForImageClassification>(coarse.path()).contains("patch_size"));
     let act = changed("bert", "config.json", edit("\"gelu\"", "\"swish\""));
     assert!(refusal::<Bert>(act.path()).contains("swish"));
 }

@@ -26,8 +26,8 @@ pub type Weighted<'a> = (&'a Adapters<LoraAdapter>, &'a Lora, f64);
 /// there; one that a single adapter trains goes along as it is.
 ///
 /// # Errors
-/// Options that do not belong to the rule; a weight or an adapter that is not finite; DoRA, whose
-/// difference is no product; a layer that one adapter trains whole and another adapts, or that several train
+/// Options that do not belong to the rule; a weight or an adapter that is not finite; DoRA and other
+/// variants whose difference is no product; a layer that one adapter trains whole and another adapts, or that several train
 /// whole at weights whose sum is 0. For HF PEFT's rules (`hf_`) also what they cannot do: factors of different
 /// ranks, biases, 1d convolutions in the svd family, a layer that several train whole.
 pub fn combine(sites: &Sites, parts: &[Weighted<'_>], how: &Combine) -> Result<Converted, Error> {
@@ -108,9 +108,13 @@ impl Work<'_> {
     fn pair(&mut self, site: &Site, held: &[(&LoraAdapter, f64)]) -> Result<Pair, Error> {
         let mut pairs = Vec::with_capacity(held.len());
         for (adapter, weight) in held {
-            if adapter.dora.is_some() {
-                let reason = "use_dora: DoRA's difference is no product s·A·B and has no place in a sum; \
-                              convert the adapter to a plain LoRA first";
+            if let Some(variant) = adapter.variant.as_ref().filter(|variant| !variant.is_product())
+            {
+                let reason = format!(
+                    "{}: its difference is no product s·A·B and has no place in a sum; convert the adapter \
+                     to a plain LoRA first",
+                    variant.name()
+                );
                 return Err(Error::place(&site.path, reason));
             }
             let (a, b) = adapter.factors();

@@ -139,6 +139,11 @@ pub fn convert(sites: &Sites, folds: &dyn Folds, rank: Rank) -> Result<Converted
         let near = sites.all.iter().map(|site| site.path.as_str());
         return Err(Error::no_match("adapter", path, "layer", near));
     }
+    if let Some((path, reason)) =
+        paths.iter().find_map(|path| Some((path, folds.unfoldable(path)?)))
+    {
+        return Err(Error::place(path, reason));
+    }
     let mut plain = Plain::new();
     let mut fits = Fits::default();
     for site in sites.all.iter().filter(|site| paths.contains(&site.path)) {

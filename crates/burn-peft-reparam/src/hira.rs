@@ -81,7 +81,7 @@ impl HiraAdapter {
 
 impl Adapter for HiraAdapter {
     fn linear(&self, layer: &Linear, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
-        let delta = self.weight(&layer.weight.val())?;
+        let delta = self.weight(&layer.weight.val().dequantize())?;
         Some(linear(self.drop(x), delta, None).cast(y.dtype()))
     }
 

@@ -116,7 +116,7 @@ impl HiWiAdapter {
 impl Adapter for HiWiAdapter {
     fn linear(&self, layer: &Linear, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
         match self.parameters {
-            Parameters::Weight => self.lora(layer.weight.val()).linear(layer, x, y),
+            Parameters::Weight => self.lora(layer.weight.val().dequantize()).linear(layer, x, y),
             Parameters::Bias => Some(self.shift(layer.bias.as_ref()?.val(), y, 2)),
         }
     }

@@ -17,8 +17,8 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    pub(crate) fn new(site: &Site, r: usize) -> Self {
-        let (fan_in, fan_out) = (site.fan_in(), site.fan_out());
+    /// For factors of these shapes, `A`'s and `B`'s.
+    pub(crate) fn new(site: &Site, [[rows_a, r], [rows_b, fan_out]]: [[usize; 2]; 2]) -> Self {
         let (a, b) = match site.kind {
             Kind::Embedding => ("lora_embedding_A", "lora_embedding_B"),
             _ => ("lora_A.weight", "lora_B.weight"),
@@ -26,7 +26,7 @@ impl Layout {
         let (shape_a, shape_b, shape_m) = match site.weight.shape().as_slice() {
             [_, c, k] => (vec![r, *c, *k], vec![fan_out, r, 1], vec![1, fan_out, 1]),
             [_, c, h, w] => (vec![r, *c, *h, *w], vec![fan_out, r, 1, 1], vec![1, fan_out, 1, 1]),
-            _ => (vec![r, fan_in], vec![fan_out, r], vec![fan_out]),
+            _ => (vec![r, rows_a], vec![fan_out, rows_b], vec![fan_out]),
         };
         Self { a, b, shape_a, shape_b, shape_m }
     }

@@ -116,7 +116,7 @@ impl Adapter for LohaAdapter {
             let a = khatri_rao(one.a.val(), two.a.val()); // [r², fan_out]
             linear(linear(x, b, None) * self.scaling, a, None)
         } else {
-            linear(x, self.weight(&layer.weight.val())?, None)
+            linear(x, self.weight(&layer.weight.val().dequantize())?, None)
         };
         Some(self.drops.apply(delta, 2).cast(y.dtype()))
     }

@@ -5,15 +5,17 @@ use crate::dora::Dora;
 use crate::eva::{Asked, Shared, share_out};
 use crate::init::{Init, Pair, Place, bound};
 use crate::init_data::DataInit;
+use crate::kasa::DIAGONAL;
 use crate::layout::{Layout, MAGNITUDE, shaped, take};
+use crate::lora_variant::{LoraVariant, LoraVariants};
 use crate::random::uniform;
 use crate::source::laid_out;
 use burn::module::Param;
 use burn::nn::DropoutConfig;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{
-    Biases, Error, Finding, Fold, Kind, Method, PlaceTensors, Product, Site, Statistic, Targets,
-    pattern_value,
+    Adapters, Biases, Error, Finding, Fold, Kind, Method, PlaceTensors, Product, Site, Sites,
+    Statistic, Strictness, Targets, pattern_value,
 };
 use indexmap::IndexMap;
 use rand::SeedableRng;
@@ -26,8 +28,8 @@ pub use crate::lora_adapter::LoraAdapter;
 ///
 /// `A [fan_in, r]`, `B [r, fan_out]`; `s = lora_alpha / r`, or `lora_alpha / √r` with rsLoRA
 /// (arXiv 2312.03732). Parameters: `r·(fan_in + fan_out)` a place (less `r·fan_out` with the init
-/// "mica"), and `fan_out` more with `lora_bias` or `use_dora`. Folds: `Δ(W) = s·A·B`; DoRA:
-/// [`Dora`]. Names and defaults are HF PEFT's.
+/// "mica"), and `fan_out` more with `lora_bias` or `use_dora`. Folds: `Δ(W) = s·A·B`. The variants, of which a
+/// place has one at most, are [`Dora`] and those of [`LoraVariants`]. Names and defaults are HF PEFT's.
 ///
 /// With the inits "pissa", "olora", "corda" and "lora_ga" `Δ(W) = s·(A·B - A0·B0)`, `A0` and `B0` the
 /// factors at the start. Their files are those of a LoRA of twice the rank, `[A, A0]` and `[B; -B0]`, as HF PEFT writes them
@@ -54,6 +56,9 @@ pub struct Lora {
     pub lora_bias: bool,
     /// DoRA: the length of each column of the weight is trained apart from its direction.
     pub use_dora: bool,
+    /// Other variants, of which one may be asked for in DoRA's place.
+    #[serde(flatten)]
+    pub variants: LoraVariants,
     /// How `A` and `B` begin.
     pub init_lora_weights: Init,
     /// Other ranks for layers whose path ends in a match of the key; the first match wins.
@@ -78,6 +83,7 @@ impl Default for Lora {
             bias: Bias::None,
             lora_bias: false,
             use_dora: false,
+            variants: LoraVariants::default(),
             init_lora_weights: Init::default(),
             rank_pattern: IndexMap::new(),
             alpha_pattern: IndexMap::new(),
@@ -143,7 +149,7 @@ impl Lora {
             lora_a: Param::from_tensor(a),
             lora_b: (!freezes_b).then(|| Param::from_tensor(b)),
             lora_bias: bias.map(Param::from_tensor),
-            dora: None,
+            variant: None,
             dropout: DropoutConfig::new(self.lora_dropout).init(),
             scaling,
             constant_a: constant_a.map(Tensor::without_autodiff),
@@ -175,20 +181,14 @@ impl Method for Lora {
     const NAME: &'static str = "LORA";
     const KINDS: &'static [Kind] = &[Kind::Linear, Kind::Embedding, Kind::Conv1d, Kind::Conv2d];
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[
-        ("alora_invocation_tokens", &[]),
-        ("arrow_config", &[]),
+        ("arrow_config", &[]), // names experts that its file does not hold; see `arrow`
         ("ensure_weight_tying", &[]),
         ("fan_in_fan_out", &[]),
-        ("kasa_config", &[]),
         ("layer_replication", &[]),
         ("megatron_config", &[]),
         ("megatron_core", &["\"megatron.core\""]),
-        ("monteclora_config", &[]),
-        ("qalora_group_size", &["16"]),
         ("target_parameters", &[]),
         ("trainable_token_indices", &[]),
-        ("use_bdlora", &[]),
-        ("use_qalora", &[]),
     ];
 
     const FASTER: &'static [&'static str] = &["lora_b"];
@@ -200,6 +200,12 @@ impl Method for Lora {
 
     fn targets_mut(&mut self) -> &mut Targets {
         &mut self.targets
+    }
+
+    fn places<'s>(&self, sites: &'s Sites, strictness: Strictness) -> Result<Vec<&'s Site>, Error> {
+        let places = self.targets.select(sites, Self::KINDS, strictness)?;
+        self.variants.check_places(sites, &places)?;
+        Ok(places)
     }
 
     fn biases(&self) -> Biases {
@@ -215,15 +221,13 @@ impl Method for Lora {
             let reason = "works without use_dora and with init_lora_weights true or false only";
             return Err(Error::config("lora_bias", reason));
         }
-        if self.use_dora && self.init_lora_weights.freezes_b() {
-            return Err(Error::config("use_dora", "does not work with the init \"mica\""));
-        }
+        self.variants.check(self)?;
         self.data.check()?;
         self.bias.check("lora_only")
     }
 
     fn starts_as_identity(&self) -> bool {
-        self.init_lora_weights != Init::Random
+        self.init_lora_weights != Init::Random && self.variants.kasa_config.is_none()
     }
 
     fn draws(&self) -> bool {
@@ -285,28 +289,38 @@ impl Method for Lora {
     ) -> Result<LoraAdapter, Error> {
         let r = self.rank(site)?;
         let scaling = self.scaling(&site.path, r)?;
-        let pair = self.factors(&Place { site, r, scaling, device }, rng)?;
+        let place = Place { site, r, scaling, device };
+        let pair = self.variants.drawn(&place, self.factors(&place, rng)?, rng)?;
         let start = self.start(site, &pair);
         let bias = self.has_bias(site)?.then(|| match self.init_lora_weights {
             Init::Random => uniform([site.fan_out()], bound(r), rng, device),
             _ => Tensor::zeros([site.fan_out()], device),
         });
         let mut adapter = self.adapter(site, pair, start, bias)?;
-        if self.use_dora
-            && let Some(w) = site.matrix()
-        {
-            adapter.dora = Some(Dora::new(w, &adapter.factors(), scaling, device));
-        }
+        adapter.variant = match site.matrix() {
+            Some(w) if self.use_dora => {
+                Some(LoraVariant::Dora(Dora::new(w, &adapter.factors(), scaling, device)))
+            }
+            _ => self.variants.begin(&place, rng)?,
+        };
         Ok(adapter)
     }
 
+    fn has_penalty(&self) -> bool {
+        self.variants.has_penalty()
+    }
+
+    fn penalty(&self, adapters: &Adapters<LoraAdapter>) -> Option<Tensor<1>> {
+        self.variants.penalty(adapters.iter().map(|(_, adapter)| adapter))
+    }
+
     fn fold(adapter: &LoraAdapter) -> Option<&dyn Fold> {
-        Some(adapter)
+        adapter.unfoldable().is_none().then_some(adapter)
     }
 
     fn product(adapter: &LoraAdapter) -> Option<Product> {
         let more = adapter.lora_bias.is_some()
-            || adapter.dora.is_some()
+            || adapter.variant.is_some()
             || adapter.constant_a.is_some()
             || adapter.constant_b.is_some();
         let b = adapter.lora_b.as_ref().filter(|_| !more)?;
@@ -327,6 +341,7 @@ impl Method for Lora {
             ..plain.clone()
         });
         let mut samples: Vec<Self> = of_data.collect();
+        samples.extend(LoraVariants::samples(&plain));
         samples.extend([
             Self { use_rslora: true, bias: Bias::Only("lora_only".into()), ..plain.clone() },
             Self { lora_dropout: 0.2, bias: Bias::All, ..plain.clone() },
@@ -347,14 +362,16 @@ impl Method for Lora {
 
     fn parameters(&self, site: &Site) -> usize {
         let r = self.rank(site).unwrap_or(self.r);
-        let b = if self.init_lora_weights.freezes_b() { 0 } else { r * site.fan_out() };
+        let size = |[rows, columns]: [usize; 2]| rows * columns;
+        let [a, b] = self.variants.shapes(site, r).map_or([0; 2], |shapes| shapes.map(size));
+        let b = if self.init_lora_weights.freezes_b() { 0 } else { b };
         let vectors = usize::from(self.lora_bias) + usize::from(self.use_dora);
-        r * site.fan_in() + b + vectors * site.fan_out()
+        a + b + vectors * site.fan_out() + self.variants.parameters(r)
     }
 
     fn tensors(&self, site: &Site, adapter: &LoraAdapter) -> Vec<(&'static str, TensorData)> {
-        let (a, b) = adapter.factors();
-        let layout = Layout::new(site, a.dims()[1]);
+        let (a, b) = adapter.stored();
+        let layout = Layout::new(site, [a.dims(), b.dims()]);
         let mut tensors = vec![
             (layout.a, shaped(a.transpose(), layout.shape_a)), // (r, fan_in) in PyTorch
             (layout.b, shaped(b.transpose(), layout.shape_b)), // (fan_out, r)
@@ -362,8 +379,16 @@ impl Method for Lora {
         if let Some(bias) = &adapter.lora_bias {
             tensors.push(("lora_B.bias", bias.val().into_data()));
         }
-        if let Some(dora) = &adapter.dora {
-            tensors.push((MAGNITUDE, shaped(dora.magnitude.val(), layout.shape_m)));
+        match &adapter.variant {
+            Some(LoraVariant::Dora(dora)) => {
+                tensors.push((MAGNITUDE, shaped(dora.magnitude.val(), layout.shape_m)));
+            }
+            Some(LoraVariant::Kasa(kasa)) => {
+                tensors.push((DIAGONAL, kasa.lora_diag.val().into_data()));
+            }
+            Some(LoraVariant::Monteclora(sampler)) => tensors.extend(sampler.tensors()),
+            Some(LoraVariant::Velora(velora)) => tensors.extend(velora.tensors()),
+            _ => {}
         }
         tensors
     }
@@ -377,17 +402,19 @@ impl Method for Lora {
     ) -> Result<LoraAdapter, Error> {
         self.init_lora_weights.check_readable()?;
         let r = self.rank(site)?;
-        let layout = Layout::new(site, r);
-        let a = take(file, layout.a, &layout.shape_a, [r, site.fan_in()], device)?;
-        let b = take(file, layout.b, &layout.shape_b, [site.fan_out(), r], device)?;
+        let shapes = self.variants.shapes(site, r)?;
+        let layout = Layout::new(site, shapes);
+        let [[rows_a, columns_a], [rows_b, columns_b]] = shapes;
+        let a = take(file, layout.a, &layout.shape_a, [columns_a, rows_a], device)?;
+        let b = take(file, layout.b, &layout.shape_b, [columns_b, rows_b], device)?;
         let bias = match self.has_bias(site)? {
             true => Some(file.take("lora_B.bias", [site.fan_out()], device)?),
             false => None,
         };
+        let place = Place { site, r, scaling: self.scaling(&site.path, r)?, device };
         // HF PEFT splits the base again when it reads an adapter that was not converted.
         let start = match self.init_lora_weights.splits_base() {
             true => {
-                let place = Place { site, r, scaling: self.scaling(&site.path, r)?, device };
                 let drawn = &mut ChaCha8Rng::seed_from_u64(0); // what is read draws nothing
                 self.start(site, &self.init_lora_weights.factors(&place, drawn)?)
             }
@@ -395,13 +422,14 @@ impl Method for Lora {
         };
         let pair = (laid_out(a.transpose(), device), laid_out(b.transpose(), device));
         let mut adapter = self.adapter(site, pair, start, bias)?;
-        if self.use_dora
-            && let Some(w) = site.matrix()
-        {
-            let shape = [1, site.fan_out()];
-            let m = take(file, MAGNITUDE, &layout.shape_m, shape, device)?;
-            adapter.dora = Some(Dora::restored(&w, m.flatten(0, 1)));
-        }
+        adapter.variant = match site.matrix() {
+            Some(w) if self.use_dora => {
+                let shape = [1, site.fan_out()];
+                let m = take(file, MAGNITUDE, &layout.shape_m, shape, device)?;
+                Some(LoraVariant::Dora(Dora::restored(&w, m.flatten(0, 1))))
+            }
+            _ => self.variants.restore(&place, file)?,
+        };
         Ok(adapter)
     }
 }

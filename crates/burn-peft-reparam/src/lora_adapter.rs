@@ -1,16 +1,17 @@
 //! What LoRA trains at one place, and its faces on activations and parameters.
 
 use crate::common::{drop, drops};
-use crate::dora::{Dora, unbiased};
+use crate::dora::unbiased;
 use crate::init::Pair;
 use crate::layout::{expand, kernel};
+use crate::lora_variant::LoraVariant;
 use burn::module::{Module, Param, ParamId};
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Dropout, DropoutConfig, Embedding, Linear};
 use burn::tensor::module::{conv1d, conv2d, embedding};
 use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Int, Tensor};
-use burn_peft_core::{Adapter, Fold, as_matrix};
+use burn_peft_core::{Adapter, Fold, SeenTokens, as_matrix};
 use burn_peft_kernels::linear;
 
 /// What LoRA trains at one place.
@@ -22,8 +23,8 @@ pub struct LoraAdapter {
     pub lora_b: Option<Param<Tensor<2>>>,
     /// The bias on `B`, `[fan_out]`.
     pub lora_bias: Option<Param<Tensor<1>>>,
-    /// The trained lengths, with DoRA.
-    pub dora: Option<Dora>,
+    /// What DoRA or another variant has beside the factors.
+    pub variant: Option<LoraVariant>,
     /// Drops inputs of `A` in training.
     pub dropout: Dropout,
     /// `s`.
@@ -50,7 +51,7 @@ impl LoraAdapter {
             lora_a: Param::initialized(ParamId::from(0), a),
             lora_b: Some(Param::initialized(ParamId::from(0), b)),
             lora_bias: None,
-            dora: None,
+            variant: None,
             dropout: DropoutConfig::new(0.0).init(),
             scaling,
             constant_a: None,
@@ -58,8 +59,16 @@ impl LoraAdapter {
         }
     }
 
-    /// `A` and `B` with their constant parts: `s·A·B` is the difference.
+    /// `A` and `B` as they act: `s·A·B` is the difference, or the part of it that is a product.
     pub(crate) fn factors(&self) -> Pair {
+        match &self.variant {
+            Some(variant) => variant.factors(self.stored()),
+            None => self.stored(),
+        }
+    }
+
+    /// `A` and `B` with their constant parts, as the file holds them.
+    pub(crate) fn stored(&self) -> Pair {
         let a = join(self.lora_a.val(), &self.constant_a, 1);
         let b = match (&self.lora_b, &self.constant_b) {
             (Some(b), constant) => join(b.val(), constant, 0),
@@ -69,7 +78,7 @@ impl LoraAdapter {
         (a, b)
     }
 
-    /// `δ` out of `product(x, A, B)`, the effect of `s·A·B`: the same, or with DoRA what it makes of that
+    /// `δ` out of `product(x, A, B)`, the effect of `s·A·B`: the same, or what DoRA makes of that
     /// and of `own`, the layer without its bias on an input from which dropout took something.
     fn effect<const D: usize, const W: usize>(
         &self,
@@ -80,27 +89,72 @@ impl LoraAdapter {
         own: impl FnOnce(Option<Tensor<D>>) -> Tensor<D>,
         product: impl FnOnce(Tensor<D>, Tensor<2>, Tensor<2>) -> Tensor<D>,
     ) -> Option<Tensor<D>> {
-        let (a, b) = self.factors();
+        let (mut a, b) = self.factors();
         let x = drop(x, &self.dropout, &a);
+        if let Some(LoraVariant::Monteclora(sampler)) = &self.variant {
+            a = sampler.sampled(a);
+        }
         let delta = product(x.clone(), a.clone(), b.clone());
-        let Some(dora) = &self.dora else {
+        let Some(LoraVariant::Dora(dora)) = &self.variant else {
             return Some(delta.cast(y.dtype()));
         };
         let own = own(drops(&self.dropout, &a).then_some(x));
-        let whole = dora.turn(&as_matrix(weight.val()), &(a, b), self.scaling, (own, delta), axis);
+        let whole = dora.turn(
+            &as_matrix(weight.val().dequantize()),
+            &(a, b),
+            self.scaling,
+            (own, delta),
+            axis,
+        );
         Some(whole.cast(y.dtype()))
+    }
+}
+
+impl LoraAdapter {
+    /// `δ` of a linear layer on every token.
+    fn everywhere(&self, layer: &Linear, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
+        let own = |dropped: Option<Tensor<3>>| match dropped {
+            Some(x) => linear(x.cast(y.dtype()), layer.weight.val(), None),
+            None => unbiased(y, &layer.bias, 2),
+        };
+        let delta = self.effect(x, y, 2, &layer.weight, own, |x, a, b| {
+            let h = match &self.variant {
+                Some(LoraVariant::Velora(velora)) => velora.product(x, a),
+                _ => linear(x, a, None),
+            };
+            let h = h * self.scaling; // [batch, seq, r]
+            linear(h, b, self.lora_bias.as_ref().map(|bias| bias.val() * self.scaling))
+        })?;
+        Some(match &self.variant {
+            Some(LoraVariant::Kasa(kasa)) => delta - kasa.lost_of(x.clone()).cast(y.dtype()),
+            _ => delta,
+        })
     }
 }
 
 impl Adapter for LoraAdapter {
     fn linear(&self, layer: &Linear, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
-        let own = |dropped: Option<Tensor<3>>| match dropped {
-            Some(x) => linear(x.cast(y.dtype()), layer.weight.val(), None),
-            None => unbiased(y, &layer.bias, 2),
-        };
-        self.effect(x, y, 2, &layer.weight, own, |x, a, b| {
-            let h = linear(x, a, None) * self.scaling; // [batch, seq, r]
-            linear(h, b, self.lora_bias.as_ref().map(|bias| bias.val() * self.scaling))
+        match &self.variant {
+            Some(LoraVariant::ALora(_)) => None, // no token is known to be one of its own
+            _ => self.everywhere(layer, x, y),
+        }
+    }
+
+    fn linear_reading(
+        &self,
+        layer: &Linear,
+        x: &Tensor<3>,
+        y: &Tensor<3>,
+        tokens: &SeenTokens,
+    ) -> Option<Tensor<3>> {
+        let delta = self.everywhere(layer, x, y)?;
+        Some(match &self.variant {
+            Some(LoraVariant::ALora(invocation)) => {
+                let mask = invocation.mask(tokens, x.dims()[1]); // [batch, seq]
+                let mask = mask.cast(delta.dtype()).unsqueeze_dim(2);
+                delta * mask
+            }
+            _ => delta,
         })
     }
 
@@ -113,12 +167,12 @@ impl Adapter for LoraAdapter {
         let (a, b) = self.factors();
         let h = embedding(a.clone(), ids.clone()) * self.scaling; // [batch, seq, r]
         let delta = linear(h, b.clone(), None);
-        let delta = match &self.dora {
-            None => delta,
-            Some(dora) => {
+        let delta = match &self.variant {
+            Some(LoraVariant::Dora(dora)) => {
                 let w = layer.weight.val();
                 dora.turn(&w, &(a, b), self.scaling, (y.clone(), delta), 2)
             }
+            _ => delta,
         };
         Some(delta.cast(y.dtype()))
     }
@@ -160,12 +214,25 @@ impl Adapter for LoraAdapter {
 
 impl Fold for LoraAdapter {
     fn weight(&self, w: &Tensor<2>) -> Option<Tensor<2>> {
+        if self.unfoldable().is_some() {
+            return None;
+        }
         let (a, b) = self.factors();
         let delta = (a.clone() * self.scaling).matmul(b.clone());
-        Some(match &self.dora {
-            None => delta,
-            Some(dora) => dora.turn(w, &(a, b), self.scaling, (w.clone(), delta), 1),
+        Some(match &self.variant {
+            Some(LoraVariant::Dora(dora)) => {
+                dora.turn(w, &(a, b), self.scaling, (w.clone(), delta), 1)
+            }
+            Some(LoraVariant::Kasa(kasa)) => delta - kasa.lost(),
+            _ => delta,
         })
+    }
+
+    fn unfoldable(&self) -> Option<&'static str> {
+        matches!(self.variant, Some(LoraVariant::ALora(_))).then_some(
+            "alora_invocation_tokens: the adapter acts on some tokens only, and no weight knows of tokens; \
+             run the model with the adapter as an overlay instead",
+        )
     }
 
     fn brings_bias(&self) -> bool {
@@ -173,6 +240,7 @@ impl Fold for LoraAdapter {
     }
 
     fn bias(&self, _b: &Tensor<1>) -> Option<Tensor<1>> {
-        Some(self.lora_bias.as_ref()?.val() * self.scaling)
+        let bias = self.lora_bias.as_ref().filter(|_| self.unfoldable().is_none());
+        Some(bias?.val() * self.scaling)
     }
 }

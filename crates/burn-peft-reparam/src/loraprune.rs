@@ -222,6 +222,10 @@ impl Folds for Pruned<'_> {
         self.masked(path, b, self.adapters.fold_bias(path, b), Mask::bias)
     }
 
+    fn unfoldable(&self, path: &str) -> Option<&'static str> {
+        self.adapters.unfoldable(path)
+    }
+
     fn brings_bias(&self, path: &str) -> bool {
         self.adapters.brings_bias(path)
     }

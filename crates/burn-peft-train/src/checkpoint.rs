@@ -29,9 +29,9 @@ pub struct State {
     pub window: Report,
     /// Training seconds before this checkpoint.
     pub seconds: f64,
-    /// What the method's policy knows.
+    /// What the policies know, by part.
     #[serde(default)]
-    pub policy: Option<serde_json::Value>,
+    pub policies: Option<Vec<serde_json::Value>>,
 }
 
 /// The files of one run's checkpoint.

@@ -5,7 +5,10 @@ use crate::{Loss, Objective};
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft_core::{Counted, Error, Scope};
-use burn_peft_models::{BertForSequenceClassification, LlamaForCausalLM, Tokens};
+use burn_peft_models::{
+    BertForSequenceClassification, Classifier, Dinov2ForImageClassification, Images,
+    LlamaForCausalLM, Tokens, ViTForImageClassification,
+};
 
 fn ints(values: Vec<i32>, device: &Device) -> Tensor<1, Int> {
     let count = values.len();
@@ -32,29 +35,66 @@ fn count(tokens: &Tokens) -> (usize, usize) {
     (tokens.mask.iter().filter(|kept| **kept != 0).count(), tokens.ids.len())
 }
 
-impl Objective for BertForSequenceClassification {
-    type Batch = ClassBatch;
+/// What a classifier reads: how much of it is padding.
+trait Reading {
+    fn count(&self) -> (usize, usize);
+    fn counted(&self) -> Counted;
+}
 
-    fn loss(&self, batch: &ClassBatch, device: &Device, cx: &Scope<'_>) -> Loss {
-        cross_entropy(self.forward(&batch.tokens, cx), batch.labels.clone(), device)
+impl Reading for Tokens {
+    fn count(&self) -> (usize, usize) {
+        count(self)
     }
 
-    fn check(&self, batch: &ClassBatch, cx: &Scope<'_>) -> Result<(), Error> {
-        self.check(&batch.tokens, cx)
-    }
-
-    fn targets(batch: &ClassBatch) -> usize {
-        batch.labels.len()
-    }
-
-    fn tokens(batch: &ClassBatch) -> (usize, usize) {
-        count(&batch.tokens)
-    }
-
-    fn counted(batch: &ClassBatch, _targets_only: bool) -> Counted {
-        counted(&batch.tokens, |_| true)
+    fn counted(&self) -> Counted {
+        counted(self, |_| true)
     }
 }
+
+/// An image is all there: it counts as one, with all its patches.
+impl Reading for Images {
+    fn count(&self) -> (usize, usize) {
+        (self.batch, self.batch)
+    }
+
+    fn counted(&self) -> Counted {
+        Counted { batch: self.batch, seq: 1, kept: vec![true; self.batch] }
+    }
+}
+
+macro_rules! classifiers {
+    ($($model:ty),+) => {$(
+        impl Objective for $model {
+            type Batch = ClassBatch<<$model as Classifier>::Input>;
+
+            fn loss(&self, batch: &Self::Batch, device: &Device, cx: &Scope<'_>) -> Loss {
+                let logits = Classifier::forward(self, &batch.input, cx);
+                cross_entropy(logits, batch.labels.clone(), device)
+            }
+
+            fn check(&self, batch: &Self::Batch, cx: &Scope<'_>) -> Result<(), Error> {
+                Classifier::check(self, &batch.input, cx)
+            }
+
+            fn targets(batch: &Self::Batch) -> usize {
+                batch.labels.len()
+            }
+
+            fn tokens(batch: &Self::Batch) -> (usize, usize) {
+                batch.input.count()
+            }
+
+            fn counted(batch: &Self::Batch, _targets_only: bool) -> Counted {
+                batch.input.counted()
+            }
+        }
+    )+};
+}
+classifiers!(
+    BertForSequenceClassification,
+    ViTForImageClassification,
+    Dinov2ForImageClassification
+);
 
 impl Objective for LlamaForCausalLM {
     type Batch = CausalBatch;

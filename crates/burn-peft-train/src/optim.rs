@@ -1,6 +1,6 @@
 //! AdamW by parameter groups, the learning rate's schedule, and clipping by the global norm.
 
-use crate::{Options, Schedule};
+use crate::{Objective, Options, Schedule, Tuned};
 use burn::module::{Module, ModuleVisitor, Param, ParamGroup};
 use burn::optim::lr_scheduler::{LrScheduler, LrSchedulerRecord};
 use burn::optim::{AdamW, AdamWConfig, GradientsParams, LearningRate, ModuleOptimizer, Optimizer};
@@ -31,14 +31,23 @@ impl<O: Optimizer> Optimizer for Faster<O> {
     }
 }
 
-/// Paths of parameters whose name is one of `names`, and of those with one axis (biases, norms).
-/// Paths and not ids: a resumed run brings the ids of the run before.
+/// Paths of parameters whose name is one of their part's `names`, and of those with one axis (biases,
+/// norms). Paths and not ids: a resumed run brings the ids of the run before.
 #[derive(Default)]
 struct Groups<'n> {
-    names: &'n [&'n str],
+    names: &'n [&'n [&'n str]],
     stack: Vec<String>,
     faster: Vec<String>,
     vectors: Vec<String>,
+}
+
+impl Groups<'_> {
+    /// Whether LoRA+ makes the parameter that is met now faster: parts are a list, `adapters.0`.
+    fn is_faster(&self) -> bool {
+        let [_, part, .., name] = self.stack.as_slice() else { return false };
+        let names = part.parse::<usize>().ok().and_then(|part| self.names.get(part));
+        names.is_some_and(|names| names.contains(&name.as_str()))
+    }
 }
 
 impl ModuleVisitor for Groups<'_> {
@@ -49,7 +58,7 @@ impl ModuleVisitor for Groups<'_> {
         self.stack.pop();
     }
     fn visit_float<const D: usize>(&mut self, _param: &Param<Tensor<D>>) {
-        if self.stack.last().is_some_and(|name| self.names.contains(&name.as_str())) {
+        if self.is_faster() {
             self.faster.push(self.stack.join("."));
         } else if D == 1 {
             self.vectors.push(self.stack.join("."));
@@ -58,8 +67,12 @@ impl ModuleVisitor for Groups<'_> {
 }
 
 /// AdamW with PyTorch's defaults (β 0.9 and 0.999, ε 1e-8). Vectors do not decay; with
-/// `loraplus_lr_ratio`, parameters named `faster` learn that many times faster.
-pub(crate) fn adamw<M: Module>(module: &M, options: &Options, faster: &[&str]) -> ModuleOptimizer {
+/// `loraplus_lr_ratio`, the parameters of each part that are named `faster` learn that many times faster.
+pub(crate) fn adamw<B: Objective>(
+    module: &Tuned<B>,
+    options: &Options,
+    faster: &[&[&str]],
+) -> ModuleOptimizer {
     let build = |decay: f64| -> AdamW {
         AdamWConfig::new().with_epsilon(1e-8).with_weight_decay(decay as f32).build()
     };

@@ -2,9 +2,10 @@
 
 use crate::checkpoint::{Actions, Checkpoint, State};
 use crate::optim::{Warmup, adamw};
+use crate::parts::Policies;
 use crate::silent::Silent;
 use crate::{
-    BestBy, EvalFeed, Event, Objective, Observer, Options, Report, StepSettings, TrainError,
+    BestBy, EvalFeed, Event, Objective, Observer, Options, Part, Report, StepSettings, TrainError,
     TrainFeed, Tuned,
 };
 use burn::module::{Module, ModuleVisitor, Param};
@@ -17,7 +18,7 @@ use burn::train::{
     SupervisedTrainingEventProcessor, TrainLoader, TrainingComponents, TrainingStrategy,
     ValidLoader,
 };
-use burn_peft_core::{Adapters, AnyAdapter, Guide, Policy};
+use burn_peft_core::{Adapters, AnyAdapter};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -35,8 +36,6 @@ pub struct Run<B: Objective> {
     pub valid: EvalFeed<B::Batch>,
     /// How to train.
     pub options: Options,
-    /// Parameter names that LoRA+ makes faster.
-    pub faster: &'static [&'static str],
     /// Folder for checkpoints; without one there are none.
     pub folder: Option<PathBuf>,
     /// What the run is, in words that must be equal for a checkpoint to be continued.
@@ -50,8 +49,8 @@ pub struct Run<B: Objective> {
 /// What a run ends with.
 #[derive(Debug)]
 pub struct Fitted {
-    /// The best adapters by the validation data; the last ones where there is none.
-    pub adapters: Adapters<AnyAdapter>,
+    /// The best adapters of each part by the validation data; the last ones where there is none.
+    pub adapters: Vec<Adapters<AnyAdapter>>,
     /// Optimizer steps made, with those before a resume.
     pub steps: usize,
     /// Seconds spent training and evaluating, with those before a resume.
@@ -65,18 +64,13 @@ pub struct Fitted {
 }
 
 impl<B: Objective> Run<B> {
-    /// Trains [erased](Adapters::erased) adapters, guided by their method, and returns the best, which are
+    /// Trains the adapters of one method, or of several together, and returns the best, which are
     /// [typed](Adapters::typed) again by who knows their method.
     ///
     /// # Errors
     /// Options that cannot work, a loss that is no number, a checkpoint that cannot be read or
     /// written, or one of another run.
-    pub fn fit(
-        self,
-        adapters: Adapters<AnyAdapter>,
-        guide: Guide<AnyAdapter>,
-        observer: Box<dyn Observer>,
-    ) -> Result<Fitted, TrainError> {
+    pub fn fit(self, parts: Vec<Part>, observer: Box<dyn Observer>) -> Result<Fitted, TrainError> {
         self.options.check()?;
         if self.valid.is_empty() {
             for (option, asked) in [
@@ -96,18 +90,21 @@ impl<B: Objective> Run<B> {
             max_grad_norm: self.options.max_grad_norm,
             seed: self.options.seed,
         };
-        let model = Tuned::new(self.base.clone(), adapters, settings).guided(&guide);
-        let mut policy = guide.policy;
-        if let (Some(policy), Some(state)) = (&mut policy, &state.policy) {
-            policy.resume(state.clone(), &self.device)?;
+        let adapters = parts.iter().map(|part| part.adapters.clone()).collect();
+        let guides = parts.iter().map(|part| &part.guide);
+        let model = Tuned::new(self.base.clone(), adapters, settings).guided(guides);
+        let faster: Vec<&[&str]> = parts.iter().map(|part| part.faster).collect();
+        let optimizer = adamw(&model, &self.options, &faster);
+        let mut policies = Policies(parts.into_iter().map(|part| part.guide.policy).collect());
+        if let Some(state) = &state.policies {
+            policies.resume(state.clone(), &self.device)?;
         }
-        let optimizer = adamw(&model, &self.options, self.faster);
         let schedule = Warmup::new(&self.options, self.train.steps());
         let scheduler = ModuleLrScheduler::new(schedule);
         let learner = Learner::new(model, optimizer, scheduler);
 
         let actions = Actions::default();
-        let shared = Arc::new(Mutex::new(Shared { outcome: None, observer, policy }));
+        let shared = Arc::new(Mutex::new(Shared { outcome: None, observer, policies }));
         let resumed = state.step;
         let strategy = Loop {
             options: self.options,
@@ -175,12 +172,10 @@ impl<B: Objective> Run<B> {
 
 type Outcome = Result<(State, (usize, usize), bool), TrainError>;
 
-type AnyPolicy = Box<dyn Policy<AnyAdapter>>;
-
 struct Shared {
     outcome: Option<Outcome>,
     observer: Box<dyn Observer>,
-    policy: Option<AnyPolicy>,
+    policies: Policies,
 }
 
 struct Loop {
@@ -197,7 +192,7 @@ struct Loop {
 /// What the loop carries from step to step.
 struct Progress<M> {
     state: State,
-    policy: Option<AnyPolicy>,
+    policies: Policies,
     best: Option<M>,
     window_began: Instant,
     began: Instant,
@@ -214,14 +209,14 @@ impl<B: Objective> SupervisedLearningStrategy<Tuned<B>> for Loop {
         _starting_epoch: usize,
     ) -> (Tuned<B>, SupervisedTrainingEventProcessor<Tuned<B>>) {
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
-        let Shared { outcome, observer, policy } = &mut *shared;
+        let Shared { outcome, observer, policies } = &mut *shared;
         let mut progress = Progress {
             state: self.start.clone(),
             best: None,
             window_began: Instant::now(),
             began: Instant::now(),
             tokens: (0, 0),
-            policy: policy.take(),
+            policies: Policies(std::mem::take(&mut policies.0)),
         };
         let ended =
             self.train(&mut parts, &mut learner, &train, &valid, &mut progress, observer.as_mut());
@@ -251,7 +246,7 @@ impl Loop {
             at.best = Some(checkpoint.load_best(step, learner.model())?);
         }
         if at.state.step == 0 {
-            adjust(&mut at.policy, learner, 0, 0.0)?;
+            adjust(&mut at.policies, learner, 0, 0.0)?;
         }
         for step in train.iter().skip(at.state.step) {
             let Ok(step) = step else { break };
@@ -268,14 +263,10 @@ impl Loop {
             };
             finite("the loss", report.loss)?;
             finite("the gradients' norm", report.grad_norm)?;
-            let grads = match &mut at.policy {
-                Some(policy) => {
-                    policy.gradients(index + 1, &learner.model().adapters, output.grads)
-                }
-                None => output.grads,
-            };
+            let adapters = learner.model().adapters;
+            let grads = at.policies.gradients(index + 1, &adapters, output.grads);
             learner.optimizer_step(grads);
-            adjust(&mut at.policy, learner, index + 1, rate)?;
+            adjust(&mut at.policies, learner, index + 1, rate)?;
             at.state.step = index + 1;
             at.state.window = at.state.window.and(report);
             at.tokens.0 += report.tokens;
@@ -386,8 +377,8 @@ impl Loop {
             return Err(TrainError::checkpoint(crate::CHECKPOINT_FOLDER, error.to_string()));
         }
         let seconds = at.state.seconds + at.began.elapsed().as_secs_f64();
-        let policy = at.policy.as_ref().map(|policy| policy.state()).transpose()?;
-        files.write_state(&State { seconds, policy, ..at.state.clone() })?;
+        let policies = at.policies.state()?;
+        files.write_state(&State { seconds, policies, ..at.state.clone() })?;
         // Not before: the state that was in force named an older best.
         files.forget_best_but(at.state.best.map(|(step, _)| step));
         if let Some(before) = before.filter(|before| *before != step) {
@@ -397,18 +388,16 @@ impl Loop {
     }
 }
 
-/// Lets the policy change the adapters: by a record, which brings the parameters' ids and so the
+/// Lets the policies change the adapters: by a record, which brings the parameters' ids and so the
 /// optimizer's state.
 fn adjust<B: Objective>(
-    policy: &mut Option<AnyPolicy>,
+    policies: &mut Policies,
     learner: &mut Learner<Tuned<B>>,
     step: usize,
     rate: f64,
 ) -> Result<(), TrainError> {
-    let Some(policy) = policy else { return Ok(()) };
     let mut model = learner.model();
-    if let Some(adapters) = policy.adjust(step, rate, &model.adapters)? {
-        model.adapters = adapters;
+    if policies.adjust(step, rate, &mut model.adapters)? {
         learner.load_model(model.into_record());
     }
     Ok(())

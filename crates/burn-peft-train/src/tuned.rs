@@ -36,11 +36,11 @@ pub trait Objective: Clone + Debug + Send + Sync + 'static {
     /// Number of targets in a batch: what the loss is a mean over.
     fn targets(batch: &Self::Batch) -> usize;
 
-    /// Tokens with and without padding, for the padding's share.
+    /// Tokens (images, where it reads these) without padding and with it, for the padding's share.
     fn tokens(batch: &Self::Batch) -> (usize, usize);
 
     /// The positions that are no padding and, with `targets_only`, at which a target is learnt, where
-    /// targets have positions.
+    /// targets have positions. Of layers that see another number of positions, all count.
     fn counted(batch: &Self::Batch, targets_only: bool) -> Counted;
 }
 
@@ -121,35 +121,36 @@ pub struct Tuned<B: Objective> {
     /// optimizer, a gradient or a checkpoint never meets it.
     #[module(skip)]
     pub base: Arc<B>,
-    /// What is trained.
-    pub adapters: Adapters<AnyAdapter>,
+    /// What is trained, by method.
+    pub adapters: Vec<Adapters<AnyAdapter>>,
     #[module(skip)]
     settings: StepSettings,
     #[module(skip)]
-    penalty: Penalty,
+    penalties: Penalties,
 }
 
-/// What the method adds to the loss.
-#[derive(Clone)]
-struct Penalty(Option<Arc<Term>>);
+/// What each method adds to the loss.
+#[derive(Clone, Default)]
+struct Penalties(Vec<Option<Arc<Term>>>);
 
 type Term = dyn Fn(&Adapters<AnyAdapter>) -> Option<Tensor<1>> + Send + Sync;
 
-impl Debug for Penalty {
+impl Debug for Penalties {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Penalty").field(&self.0.is_some()).finish()
+        f.debug_list().entries(self.0.iter().map(Option::is_some)).finish()
     }
 }
 
 impl<B: Objective> Tuned<B> {
-    /// Lays [erased](Adapters::erased) adapters over `base`.
-    pub fn new(base: Arc<B>, adapters: Adapters<AnyAdapter>, settings: StepSettings) -> Self {
-        Self { base, adapters, settings, penalty: Penalty(None) }
+    /// Lays [erased](Adapters::erased) adapters of one method or several over `base`.
+    pub fn new(base: Arc<B>, adapters: Vec<Adapters<AnyAdapter>>, settings: StepSettings) -> Self {
+        Self { base, adapters, settings, penalties: Penalties::default() }
     }
 
-    /// With what the method adds to the loss of a step.
-    pub fn guided(self, guide: &Guide<AnyAdapter>) -> Self {
-        Self { penalty: Penalty(guide.penalty.clone()), ..self }
+    /// With what the methods, in the order of their adapters, add to the loss of a step.
+    pub fn guided<'g>(self, guides: impl IntoIterator<Item = &'g Guide<AnyAdapter>>) -> Self {
+        let penalties = guides.into_iter().map(|guide| guide.penalty.clone()).collect();
+        Self { penalties: Penalties(penalties), ..self }
     }
 
     /// Loss and accuracy on one batch, without gradients.
@@ -203,8 +204,10 @@ impl<B: Objective> TrainStep for Tuned<B> {
             total.padded += padded;
             accumulator.accumulate(self, GradientsParams::from_grads(mean.backward(), self));
         }
-        if let Some(penalty) = self.penalty.0.as_ref().and_then(|of| of(&self.adapters)) {
-            accumulator.accumulate(self, GradientsParams::from_grads(penalty.backward(), self));
+        for (of, adapters) in self.penalties.0.iter().zip(&self.adapters) {
+            if let Some(penalty) = of.as_ref().and_then(|of| of(adapters)) {
+                accumulator.accumulate(self, GradientsParams::from_grads(penalty.backward(), self));
+            }
         }
         let (grads, norm) = clip(self, accumulator.grads(), self.settings.max_grad_norm);
         total.grad_norm = norm;

@@ -3,7 +3,7 @@
 use burn::tensor::Device;
 use burn_peft_core::{
     AdapterConfig, Adapters, Error, Folded, Folds, Laid, Method, Overlay, Product, Sites, Summary,
-    load, peft_type,
+    adapter_folders, load, peft_type,
 };
 use std::path::Path;
 
@@ -90,13 +90,16 @@ methods![
     burn_peft_reparam::VbLora,
     burn_peft_reparam::Vera,
     burn_peft_reparam::WaveFt,
+    burn_peft_additive::AdapterDrop,
     burn_peft_additive::AdaptionPrompt,
     burn_peft_additive::Beft,
     burn_peft_additive::Bottleneck,
     burn_peft_additive::Compacter,
+    burn_peft_additive::Convpass,
     burn_peft_additive::DePt,
     burn_peft_additive::Hadamard,
     burn_peft_additive::Ia3,
+    burn_peft_additive::Invertible,
     burn_peft_additive::LnTuning,
     burn_peft_additive::Mov,
     burn_peft_additive::PTuning,
@@ -105,7 +108,9 @@ methods![
     burn_peft_additive::PromptTuning,
     burn_peft_additive::Reft,
     burn_peft_additive::RepAdapter,
+    burn_peft_additive::SparseAdapter,
     burn_peft_additive::Ssf,
+    burn_peft_additive::TinyAttention,
     burn_peft_additive::TrainableTokens,
     burn_peft_additive::XPrompt,
     burn_peft_selective::BiasPruning,
@@ -200,4 +205,17 @@ pub fn load_any(
     device: &Device,
 ) -> Result<Box<dyn AnyAdapters>, Error> {
     with_method(&peft_type(folder)?, LoadJob(folder, sites, device))?
+}
+
+/// Reads what [`save_together`](burn_peft_core::save_together) wrote, or the one adapter in `folder`, for a model
+/// with these sites: an [`Overlay`] of all.
+///
+/// # Errors
+/// As [`load_any`] and [`adapter_folders`].
+pub fn load_all(
+    folder: &Path,
+    sites: &Sites,
+    device: &Device,
+) -> Result<Vec<Box<dyn AnyAdapters>>, Error> {
+    adapter_folders(folder)?.iter().map(|folder| load_any(folder, sites, device)).collect()
 }

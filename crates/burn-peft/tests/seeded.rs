@@ -26,7 +26,13 @@ impl Two {
     fn forward(&self, x: &Tensor<3>, cx: &Scope<'_>) -> Tensor<3> {
         let [batch, seq, _] = x.dims();
         let ids = Tensor::<2, Int>::zeros([batch, seq], &x.device());
-        let cx = &cx.reading(SeenTokens { kept: ids.ones_like(), ids, past: 0 });
+        let cx = &cx.reading(SeenTokens {
+            kept: ids.ones_like(),
+            ids,
+            past: 0,
+            before: None,
+            scores: None,
+        });
         let y = cx.at("query").linear(&self.query, x.clone());
         let y = cx.at("block").hidden(Hidden::sublayer(x, y));
         cx.at("head").linear(&self.head, y)

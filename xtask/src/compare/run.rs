@@ -34,7 +34,7 @@ pub(super) struct Measured {
     /// Share of the held-out examples that are labelled right.
     pub(super) accuracy: f64,
     pub(super) trainable_parameters: u64,
-    /// Size of `adapter_model.safetensors`, the trained head in it.
+    /// Size of `adapter_model.safetensors`, the trained head in it; of all of them where there are several.
     pub(super) adapter_bytes: u64,
     /// Mean time of an optimizer step; evaluation is not in it.
     pub(super) step_seconds: f64,
@@ -150,11 +150,10 @@ impl Job<'_> {
 
         let embeddings = folder.join("adapted.safetensors");
         desk.embed(Some(&adapter), &embeddings, log)?;
-        let file = adapter.join("adapter_model.safetensors");
         Ok(Measured {
             accuracy: number(&report, "accuracy")?,
             trainable_parameters: number(&summary, "trainable_parameters")? as u64,
-            adapter_bytes: fs::metadata(&file).map_err(|e| Failure::at(&file, e))?.len(),
+            adapter_bytes: tensor_bytes(&adapter)?,
             step_seconds: number(&summary, "train_seconds")? / number(&summary, "steps")?,
             peak_memory_bytes: summary["peak_memory_bytes"].as_u64(),
             forgetting: 1.0 - similarity(&desk.base_embeddings(), &embeddings)?,
@@ -248,6 +247,24 @@ fn vectors(path: &Path) -> Result<(usize, Vec<f32>), Failure> {
     let numbers = tensor.data().as_chunks::<4>().0.iter().map(|four| f32::from_le_bytes(*four));
     let rows = tensor.shape().first().copied().unwrap_or(0);
     Ok((rows, numbers.collect()))
+}
+
+/// Size of the tensors in the folder of an adapter, or of several.
+fn tensor_bytes(adapter: &Path) -> Result<u64, Failure> {
+    let said = |e| Failure::at(adapter, e);
+    let mut files = vec![adapter.join("adapter_model.safetensors")];
+    for entry in fs::read_dir(adapter).map_err(said)? {
+        files.push(entry.map_err(said)?.path().join("adapter_model.safetensors"));
+    }
+    match files
+        .iter()
+        .filter_map(|file| fs::metadata(file).ok())
+        .map(|file| file.len())
+        .sum::<u64>()
+    {
+        0 => Err(Failure::at(adapter, "holds no adapter_model.safetensors")),
+        bytes => Ok(bytes),
+    }
 }
 
 #[cfg(test)]

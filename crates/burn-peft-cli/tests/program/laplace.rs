@@ -95,11 +95,11 @@ fn what_has_no_posterior_is_refused_by_name() {
     refused(
         &desk,
         "laplace --model @models/llama --adapter /lm --train-file /train.txt",
-        "laplace is for classifiers of texts",
+        "laplace is for classifiers",
     );
     refused(
         &desk,
         "eval --model @models/llama --adapter /lm --test-file /train.txt --laplace",
-        "laplace is for classifiers of texts",
+        "laplace is for classifiers",
     );
 }

@@ -9,6 +9,8 @@ mod policies_stage;
 mod prompts;
 mod refusals;
 mod selective;
+mod together;
+mod vision;
 
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -420,9 +422,19 @@ fn an_interrupted_run_goes_on_to_the_same_numbers() {
 
 #[cfg(unix)]
 fn interrupted(line: &str, other: &str) {
+    interrupted_in(line, other, &[""]);
+}
+
+/// Of a run whose adapters lie in these subfolders.
+#[cfg(unix)]
+fn interrupted_in(line: &str, other: &str, parts: &[&str]) {
     let desk = classify();
     desk.good(&format!("{line} --output-dir /whole"));
-    let whole = desk.bytes("whole/adapter_model.safetensors");
+    let tensors = |name: &str| -> Vec<Vec<u8>> {
+        let file = |part: &&str| desk.bytes(&format!("{name}/{part}adapter_model.safetensors"));
+        parts.iter().map(file).collect()
+    };
+    let whole = tensors("whole");
     for (signal, code) in [("INT", Some(130)), ("KILL", None)] {
         let _ = std::fs::remove_dir_all(desk.path("out"));
         let mut command = desk.command(&format!("{line} --output-dir /out"));
@@ -441,11 +453,11 @@ fn interrupted(line: &str, other: &str) {
                 .is_ok_and(|s| s.success())
         );
         assert_eq!(child.wait().expect("ends").code(), code);
-        assert!(!desk.path("out/adapter_config.json").exists());
+        assert!(!desk.path(&format!("out/{}adapter_config.json", parts[0])).exists());
         let refused = desk.run(&format!("{line} --output-dir /out --resume {other}"));
         assert!(String::from_utf8_lossy(&refused.stderr).contains("other options"), "{refused:?}");
         desk.good(&format!("{line} --output-dir /out --resume"));
-        assert_eq!(desk.bytes("out/adapter_model.safetensors"), whole, "after {signal}");
+        assert_eq!(tensors("out"), whole, "after {signal}");
         let steps = |name: &str| -> Vec<Value> {
             let text =
                 String::from_utf8(desk.bytes(&format!("{name}/metrics.jsonl"))).expect("is text");

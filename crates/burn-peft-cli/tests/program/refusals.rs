@@ -184,7 +184,7 @@ fn models_and_adapters_that_are_broken_or_strange() {
     let forward = "forward --inputs @models/bert/golden.safetensors --output /out.safetensors";
     for (line, says) in [
         (format!("{forward} --model /none"), "none"),
-        (format!("{forward} --model /gpt"), "expected bert or llama, found gpt2"),
+        (format!("{forward} --model /gpt"), "expected bert, llama, vit or dinov2, found gpt2"),
         (format!("{forward} --model /tall"), "num_hidden_layers: expected a number"),
         (
             format!("{forward} --model /wide"),

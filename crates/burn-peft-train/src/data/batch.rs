@@ -14,11 +14,11 @@ pub struct ClassItem {
     pub label: i32,
 }
 
-/// A padded batch with the class of each row.
+/// A batch of what a classifier reads, with the class of each row.
 #[derive(Debug, Clone)]
-pub struct ClassBatch {
-    /// What the model reads.
-    pub tokens: Tokens,
+pub struct ClassBatch<I = Tokens> {
+    /// What the model reads: padded tokens, or images.
+    pub input: I,
     /// Class of each row.
     pub labels: Vec<i32>,
 }
@@ -46,7 +46,7 @@ pub fn class_batch(items: &[ClassItem], picked: &[usize], padding: u32) -> Class
     let rows: Vec<(&[u32], &[u32])> =
         picked.iter().map(|&i| (&*items[i].ids, &*items[i].type_ids)).collect();
     ClassBatch {
-        tokens: pad(&rows, padding),
+        input: pad(&rows, padding),
         labels: picked.iter().map(|&i| items[i].label).collect(),
     }
 }

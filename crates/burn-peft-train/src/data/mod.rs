@@ -3,6 +3,9 @@
 mod batch;
 mod causal;
 mod error;
+mod images;
+mod preprocess;
+mod resample;
 mod split;
 mod template;
 mod text;
@@ -13,6 +16,10 @@ pub use causal::{
     CausalBatch, CausalItem, CausalReport, IGNORED, TextUnit, causal_batch, pack, read_causal,
 };
 pub use error::DataError;
+pub use images::{
+    ImageExample, data_files, image_batch, images, read_images, read_labelled_images,
+};
+pub use preprocess::Preprocessor;
 pub use split::{hold_out, shuffle};
 pub use template::{ChatTemplate, Message};
 pub use text::{Columns, Example, Labels, read_labelled, read_texts};

@@ -1,7 +1,7 @@
 //! Texts with labels: TSV, CSV and JSON lines.
 
-use super::DataError;
 use super::error::read_text;
+use super::{DataError, ImageExample};
 use serde_json::Value;
 use std::path::Path;
 
@@ -179,8 +179,11 @@ impl Labels {
     ///
     /// # Errors
     /// Fewer than two.
-    pub fn of(path: &Path, examples: &[Example]) -> Result<Self, DataError> {
-        let mut names: Vec<String> = examples.iter().map(|e| e.label.clone()).collect();
+    pub fn of<'a>(
+        path: &Path,
+        labels: impl IntoIterator<Item = &'a String>,
+    ) -> Result<Self, DataError> {
+        let mut names: Vec<String> = labels.into_iter().cloned().collect();
         names.sort();
         names.dedup();
         if names.len() < 2 {
@@ -201,15 +204,24 @@ impl Labels {
     /// # Errors
     /// A label that was not seen in training, with file, line and the labels there are.
     pub fn id(&self, path: &Path, example: &Example) -> Result<i32, DataError> {
-        let found = self.names.iter().position(|name| *name == example.label);
+        self.class(&example.label).map_err(|reason| DataError::line(path, example.line, reason))
+    }
+
+    /// The class of an image.
+    ///
+    /// # Errors
+    /// As [`id`](Self::id).
+    pub fn of_image(&self, path: &Path, example: &ImageExample) -> Result<i32, DataError> {
+        self.class(&example.label)
+            .map_err(|reason| DataError::file(path, format!("{}: {reason}", example.name)))
+    }
+
+    fn class(&self, label: &str) -> Result<i32, String> {
+        let found = self.names.iter().position(|name| name == label);
         found.and_then(|id| i32::try_from(id).ok()).ok_or_else(|| {
             let known: Vec<&str> = self.names.iter().take(10).map(String::as_str).collect();
-            let reason = format!(
-                "label `{}` was not seen in training; expected one of {}",
-                example.label,
-                known.join(", ")
-            );
-            DataError::line(path, example.line, reason)
+            let known = known.join(", ");
+            format!("label `{label}` was not seen in training; expected one of {known}")
         })
     }
 }
@@ -263,10 +275,10 @@ mod tests {
     fn whole_numbers_are_ordered_by_value_and_strangers_refused() {
         let path = Path::new("a.tsv");
         let examples = read("a.tsv", b"text\tlabel\na\t10\nb\t9\n").unwrap();
-        let labels = Labels::of(path, &examples).unwrap();
+        let labels = Labels::of(path, examples.iter().map(|e| &e.label)).unwrap();
         assert_eq!(labels.names, ["9", "10"]);
         let signed = read("a.tsv", b"text\tlabel\na\t+1\nb\t-1\n").unwrap();
-        assert_eq!(Labels::of(path, &signed).unwrap().names, ["-1", "+1"]);
+        assert_eq!(Labels::of(path, signed.iter().map(|e| &e.label)).unwrap().names, ["-1", "+1"]);
         let stranger = Example { label: "8".into(), ..examples[0].clone() };
         let error = labels.id(path, &stranger).unwrap_err().to_string();
         assert!(error.contains("not seen in training; expected one of 9, 10"), "{error}");

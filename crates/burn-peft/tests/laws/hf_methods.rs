@@ -102,7 +102,8 @@ fn methods_of_hf_peft() {
     check_both("methods", named.0);
 }
 
-/// With the numbers of AdapterHub's `adapters` (`interop/hidden.py`).
+/// With the numbers of AdapterHub's `adapters` (`interop/hidden.py`), or of the paper's formula in PyTorch where that
+/// does not have the method (`interop/hidden_formulas.py`).
 #[test]
 fn methods_over_hidden_states() {
     struct Named(BTreeSet<String>);

@@ -1,13 +1,21 @@
 //! Methods of several families over one model at once.
 
 use crate::hf::{base, device, tokens};
-use crate::probe::{Drawn, close, values};
+use crate::probe::{Drawn, all_values, close, values};
 use burn::module::Module;
 use burn::optim::GradientsParams;
-use burn_peft::additive::{Bottleneck, Ia3, LnTuning};
-use burn_peft::core::{Adapters, Method, Overlay, Scope, Sites, Targets, adapt};
+use burn_peft::additive::{Bottleneck, Ia3, LnTuning, PrefixTuning, VirtualTokens};
+use burn_peft::core::{
+    AdapterConfig, Adapters, AnyAdapter, Guide, LIST_FILE, Method, Overlay, Scope, Sites, Targets,
+    Unwritten, adapt, adapter_files, save_together,
+};
 use burn_peft::models::{BertForSequenceClassification, Pretrained};
+use burn_peft::registry::{load_all, load_any};
 use burn_peft::reparam::Lora;
+use burn_peft::train::data::{ClassItem, class_batch};
+use burn_peft::train::{EvalFeed, Options, Part, Run, TrainFeed, measure};
+use std::path::Path;
+use std::sync::Arc;
 
 fn trained<T: Method>(sites: &Sites, method: &T, seed: u64) -> Adapters<T::Adapter> {
     let fresh = adapt(sites, method, seed, &device().autodiff()).expect("fits");
@@ -51,4 +59,111 @@ fn families_lie_over_one_model_together() {
         let far = found.iter().zip(&other).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(far > 1e-3, "{left_out} does nothing beside the others: {far}");
     }
+}
+
+fn part<T: Method>(sites: &Sites, method: &T) -> Part {
+    let adapters = adapt(sites, method, 1, &device().autodiff()).expect("fits");
+    let guide = Guide::of(method, &adapters).expect("fits").erased();
+    Part { adapters: adapters.erased(), guide, faster: T::FASTER }
+}
+
+fn files<T: Method>(
+    folder: &Path,
+    method: &T,
+    sites: &Sites,
+    trained: &Adapters<AnyAdapter>,
+) -> Vec<Unwritten> {
+    let trained = trained.typed::<T::Adapter>().expect("is the method's");
+    let config = AdapterConfig::new(method.clone().finished(&trained));
+    adapter_files(folder, &config, sites, &trained, &[]).expect("fits")
+}
+
+/// Every parameter of each part moved.
+fn all_moved(before: &[Adapters<AnyAdapter>], after: &[Adapters<AnyAdapter>]) {
+    assert_eq!(before.len(), after.len());
+    for (part, (before, after)) in before.iter().zip(after).enumerate() {
+        for (one, other) in all_values(before).iter().zip(&all_values(after)) {
+            assert!(one != other, "part {part} has a parameter that stayed");
+        }
+    }
+}
+
+#[test]
+fn families_are_trained_saved_and_loaded_together() {
+    let model: BertForSequenceClassification = base("bert");
+    let sites = Sites::of(&model, Some(BertForSequenceClassification::OUTPUT));
+    let saved = Some(vec!["classifier".into()]);
+    let to = Targets { modules_to_save: saved, ..Targets::list(["query", "value"]) };
+    let lora = Lora::new(4, 8.0, to);
+    let bottleneck = Bottleneck::pfeiffer(4.0, Targets::list(["output"]));
+    let virtual_tokens = VirtualTokens { num_virtual_tokens: 5, ..VirtualTokens::default() };
+    let prefix = PrefixTuning { virtual_tokens, ..PrefixTuning::default() };
+    let parts = vec![part(&sites, &lora), part(&sites, &bottleneck), part(&sites, &prefix)];
+    let fresh: Vec<_> = parts.iter().map(|part| part.adapters.clone()).collect();
+
+    let item = |i: u32| ClassItem {
+        ids: vec![2 + i % 5, 7 + i % 3, 11, 5 + i % 7],
+        type_ids: vec![0; 4],
+        label: (i % 3) as i32,
+    };
+    let items: Arc<Vec<_>> = Arc::new((0..24).map(item).collect());
+    let lengths = vec![4; items.len()];
+    let collate = Arc::new(move |picked: &[usize]| class_batch(&items, picked, 0));
+    let options = Options { learning_rate: 1e-2, max_steps: Some(24), ..Options::default() };
+    let run = Run {
+        base: Arc::new(model.clone()),
+        device: device(),
+        train: TrainFeed::new(lengths.clone(), collate.clone(), &options),
+        valid: EvalFeed::new(&[], 8, collate.clone()),
+        options,
+        folder: None,
+        fingerprint: String::new(),
+        resume: false,
+        stop: Arc::default(),
+    };
+    let trained = run.fit(parts, Box::new(())).expect("learns").adapters;
+    all_moved(&fresh, &trained);
+    let loss = |adapters: &Vec<Adapters<AnyAdapter>>| {
+        let adapters: Vec<_> = adapters.iter().map(Module::valid).collect();
+        let all: Vec<usize> = (0..lengths.len()).collect();
+        measure(&model, &collate(&all), &device(), &Scope::new(&adapters)).loss
+    };
+    let (before, after) = (loss(&fresh), loss(&trained));
+    assert!(after < 0.8 * before, "{before} to {after}");
+
+    let folder = tempfile::tempdir().expect("makes a folder");
+    let out = folder.path();
+    let all = [
+        files(&out.join("lora"), &lora, &sites, &trained[0]),
+        files(&out.join("bottleneck"), &bottleneck, &sites, &trained[1]),
+        files(&out.join("prefix"), &prefix, &sites, &trained[2]),
+    ];
+    let names = ["lora", "bottleneck", "prefix"];
+    save_together(out, &names, &all.concat()).expect("is written");
+    let tokens = tokens("bert", true);
+    let logits = |overlay: &dyn Overlay| values(model.forward(&tokens, &Scope::new(&overlay)));
+    let loaded = load_all(out, &sites, &device()).expect("is whole");
+    let valid: Vec<_> = trained.iter().map(Module::valid).collect();
+    assert_eq!(logits(&loaded), logits(&valid));
+    // Each is an adapter like any other, and the order is the list's.
+    assert_eq!(
+        loaded.iter().map(|a| a.name()).collect::<Vec<_>>(),
+        ["LORA", "BOTTLENECK", "PREFIX_TUNING"]
+    );
+    let alone = load_any(&out.join("prefix"), &sites, &device()).expect("is whole");
+    assert_eq!(logits(&alone), logits(&valid[2]));
+
+    let refused = |list: &str, word: &str| {
+        std::fs::write(out.join(LIST_FILE), list).expect("writes");
+        let said = load_all(out, &sites, &device()).err().expect("is no list").to_string();
+        assert!(said.contains(LIST_FILE) && said.contains(word), "{list}: {said}");
+    };
+    refused("[]", "is empty");
+    refused("{}", "list of subfolders");
+    refused("[\"../lora\"]", "`../lora`");
+    refused("[\"lora\", \"lora\"]", "twice");
+    assert!(save_together(out, &["a", ".."], &[]).is_err_and(|e| e.to_string().contains("`..`")));
+    std::fs::copy(out.join("lora/adapter_config.json"), out.join("adapter_config.json"))
+        .expect("copies");
+    refused("[\"lora\"]", "remove the other");
 }

@@ -1,4 +1,5 @@
-//! Models that are not ours, through `attach`: Burn's own transformer and a small CNN.
+//! Models through `attach`, as if they were not ours: Burn's own transformer, a small CNN and a vision
+//! transformer.
 
 use crate::probe::{Drawn, Probe, all_values, close, ids, targets, values};
 use burn::module::Module;
@@ -12,6 +13,7 @@ use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::activation::relu;
 use burn::tensor::{Device, Distribution, Tensor};
 use burn_peft::core::{Adapters, Scope, Sites, Targets, adapt, attach, merge};
+use burn_peft::models::{Classifier, ViTForImageClassification};
 use burn_peft::reparam::{Bias, Lora, LoraAdapter};
 
 fn devices() -> Vec<Device> {
@@ -101,6 +103,18 @@ fn a_small_cnn() {
             (model.forward(x.clone()) - wanted.clone()).powi_scalar(2).mean()
         });
     }
+}
+
+#[test]
+fn a_vision_transformer() {
+    let model: ViTForImageClassification = crate::hf::base("vit");
+    let images = crate::vision::images("vit");
+    let wanted = Tensor::<2>::from_data([[2.0, -1.0, 0.0], [-1.0, 0.5, 1.0]], &crate::hf::device());
+    let names = Targets::list(["query", "value", "intermediate.dense", "projection"]);
+    trains(model, &Lora::new(4, 8.0, names), |model| {
+        let logits = model.forward(&images, &Scope::plain());
+        (logits - wanted.clone()).powi_scalar(2).mean()
+    });
 }
 
 #[test]

@@ -8,8 +8,8 @@ use burn::nn::{
 use burn::tensor::activation::{relu, softmax};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft::core::{
-    Counted, Front, Hidden, HiddenPlace, Kind, Method, Names, Passes, Scope, SeenTokens, Sites,
-    Targets, Trained,
+    Counted, Front, HIDDEN, Hidden, HiddenPlace, Kind, Method, Names, Passes, Scope, SeenTokens,
+    Sites, Targets, Trained,
 };
 
 const VOCAB: usize = 11;
@@ -125,7 +125,18 @@ impl Probe {
                 Tensor::cat(vec![virtual_tokens(0), kept], 1),
             ),
         };
-        let cx = &cx.reading(SeenTokens { ids: seen, kept, past: 0 });
+        // Padding is hidden, and what comes later.
+        let [batch, all] = kept.dims();
+        let later = Tensor::<2>::full([all, all], HIDDEN, &ids.device()).triu(1);
+        let padding = (kept.clone().float() - 1.0) * -HIDDEN;
+        let scores = padding.reshape([batch, 1, 1, all]) + later.reshape([1, 1, all, all]);
+        let cx = &cx.reading(SeenTokens {
+            ids: seen,
+            kept,
+            past: 0,
+            before: None,
+            scores: Some(scores),
+        });
         let y = relu(cx.at("query").linear(&self.query, x.clone()));
         let at = cx.at("block");
         let y = at.hidden(Hidden::sublayer(&x, y).before(&self.block.norm));

@@ -202,7 +202,7 @@ impl Texts {
                 let part = |all: &[i32]| all[at * seq * size..(at + 1) * seq * size].to_vec();
                 let (ids, mask, type_ids) = (part(&ids), part(&mask), Some(part(&types)));
                 let tokens = Tokens { batch: size, seq, ids, mask, type_ids, ..Tokens::default() };
-                ClassBatch { tokens, labels: labels[at * size..(at + 1) * size].to_vec() }
+                ClassBatch { input: tokens, labels: labels[at * size..(at + 1) * size].to_vec() }
             };
             (0..labels.len() / size).map(batch).collect()
         };
