@@ -31,7 +31,7 @@ pub(crate) fn lora<B: Peer>(job: &Job) -> Result<Measured, Failed> {
     Objective::check(&model, &batch, &Scope::new(&adapters))?;
     let settings =
         StepSettings { device: device.clone(), max_grad_norm: job.max_grad_norm, seed: 0 };
-    let mut tuned = Tuned::new(Arc::new(model), adapters.erased(), settings);
+    let mut tuned = Tuned::new(Arc::new(model), vec![adapters.erased()], settings);
     let mut optimizer = adamw();
     let (measured, reports) = timed(job, |index| {
         let batches = vec![batch.clone()];
@@ -40,7 +40,7 @@ pub(crate) fn lora<B: Peer>(job: &Job) -> Result<Measured, Failed> {
         Ok(output.item)
     })?;
 
-    let trained: Adapters<LoraAdapter> = tuned.adapters.typed().ok_or("are no LoRA adapters")?;
+    let trained: Adapters<LoraAdapter> = tuned.adapters[0].typed().ok_or("are no LoRA adapters")?;
     let config = AdapterConfig::<Lora>::load(&job.adapters[0])?;
     save(&job.folder, &config, &sites, &trained)?;
     let written = job.folder.join(TENSORS_FILE);
