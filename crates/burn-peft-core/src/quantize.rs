@@ -11,8 +11,8 @@ use burn::tensor::quantization::QuantScheme;
 ///
 /// What QLoRA does (arXiv 2305.14314), with Burn's schemes: the base is held in few bits, what lies over it is
 /// trained in floats. An adapter over it is what it is over the numbers that are left, and
-/// [`merge`](crate::merge) gives floats. A forward pass reads a weight back into floats where the backend has
-/// no product over packed ones (flex has none), so there it saves memory and no time. Methods whose difference
+/// [`merge`](crate::merge) gives floats. What a forward pass costs depends on the backend's product
+/// over packed numbers; nothing of it was measured. Methods whose difference
 /// is as large as the weight ([`weight_only`](crate::Method::weight_only)) hold that one in floats.
 pub fn quantize<M: Module>(model: M, scheme: &QuantScheme) -> M {
     model.map(&mut Linears { scheme, owners: Vec::new() })
