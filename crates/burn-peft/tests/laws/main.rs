@@ -1,5 +1,6 @@
 //! The laws, over every registered method, every option that it samples, and every backend of the
-//! build. A method needs no tests of its own to be held to them.
+//! build. A method needs no tests of its own to be held to them. On backends after the first, the
+//! laws take each method's first sample, and all of them are held to what the first backend gives.
 
 mod adapterhub;
 #[path = "../../examples/any_model.rs"]
@@ -65,6 +66,10 @@ impl<T: Method> Case<T> {
 
 /// A law over one case.
 trait Law {
+    /// How many of a method's samples are taken on the backends after the first. Few, because
+    /// shaders take long to emulate, and what differs there are the numbers, which are compared.
+    const ELSEWHERE: usize = 1;
+
     fn holds<T: Method>(&self, case: &Case<T>);
 }
 
@@ -72,7 +77,8 @@ struct Over<'a, L>(&'a L);
 
 impl<L: Law> ForEach for Over<'_, L> {
     fn visit<T: Method>(&mut self) {
-        for backend in device::names() {
+        for (nth, backend) in device::names().into_iter().enumerate() {
+            let most = if nth == 0 { usize::MAX } else { L::ELSEWHERE };
             let device = device::by_name(backend).expect("is in the build");
             let model = Probe::new(&device);
             let sites = Sites::of(&model, Some("head"));
@@ -80,6 +86,9 @@ impl<L: Law> ForEach for Over<'_, L> {
             let mut served = [0, 0];
             for (wide, targets) in targets::<T>(&sites).into_iter().enumerate() {
                 for (index, method) in T::samples(&targets).into_iter().enumerate() {
+                    if served[wide] == most {
+                        break;
+                    }
                     let name = format!("{} sample {index} {wide} on {backend}", T::NAME);
                     let method = survey(method, &sites, &model);
                     let case = Case {
@@ -100,7 +109,7 @@ impl<L: Law> ForEach for Over<'_, L> {
                     self.0.holds(&case);
                 }
             }
-            assert!(served.iter().all(|&count| count > 0), "{}: {served:?}", T::NAME);
+            assert!(served.iter().all(|&count| count > 0 || most == 0), "{}: {served:?}", T::NAME);
         }
     }
 }
@@ -116,12 +125,13 @@ fn check(law: &impl Law) {
 }
 
 macro_rules! law {
-    ($(#[$doc:meta])* $name:ident, |$case:ident| $body:block) => {
+    ($(#[$doc:meta])* $name:ident $(, $few:ident = $most:expr)?, |$case:ident| $body:block) => {
         $(#[$doc])*
         #[test]
         fn $name() {
             struct This;
             impl Law for This {
+                $(const $few: usize = $most;)?
                 fn holds<T: Method>(&self, $case: &Case<T>) $body
             }
             check(&This);
@@ -409,6 +419,7 @@ law!(
 law!(
     /// Every backend of the build gives what the first gives.
     backends_agree,
+    ELSEWHERE = usize::MAX,
     |case| {
         let first = device::by_name(device::names()[0]).expect("is in the build");
         let there = Case::<T> {
