@@ -4,6 +4,7 @@ mod picture;
 mod recipe;
 mod run;
 mod table;
+mod times;
 
 use crate::assets::MINILM;
 use crate::failure::Failure;
@@ -46,7 +47,8 @@ broken off, start it once more. --against peft needs an environment as `cargo xt
 Examples:
   cargo xtask compare --task sentiment
   cargo xtask compare --task sentiment --methods lora,oft --steps 30
-  cargo xtask compare --task sentiment --methods lora,dora,oft --seeds 1,2,3 --against peft"
+  cargo xtask compare --task sentiment --methods lora,dora,oft --seeds 1,2,3 --against peft
+  cargo xtask compare --task sentiment --times"
 )]
 pub(crate) struct CompareArgs {
     /// What the methods are trained for
@@ -64,6 +66,10 @@ pub(crate) struct CompareArgs {
     /// Train the rows that it has with this library too, turn by turn
     #[arg(long, value_enum)]
     against: Option<Against>,
+    /// Train nothing anew, but take the step times: a few steps of each row, LoRA's before them; wants
+    /// a machine that does nothing else
+    #[arg(long, conflicts_with = "against")]
+    times: bool,
     /// Where table, picture and runs go [default: compare-output in the repository]
     #[arg(long, value_name = "DIR")]
     output_dir: Option<PathBuf>,
@@ -83,7 +89,7 @@ pub(crate) fn run(args: &CompareArgs) -> Result<(), Failure> {
     let mut recipe = match args.task {
         Task::Sentiment => Recipe::sentiment()?,
     };
-    if let Some(steps) = args.steps {
+    if let Some(steps) = args.steps.filter(|_| !args.times) {
         recipe.training.insert("max_steps".into(), steps.into());
     }
     let rows = recipe.select(&args.methods)?;
@@ -95,8 +101,9 @@ pub(crate) fn run(args: &CompareArgs) -> Result<(), Failure> {
         held_out,
         threads: desk.threads,
         against: args.against.is_some(),
+        timed: args.times,
     };
-    let line = |row| Line { row, ours: vec![], peft: vec![], failures: vec![] };
+    let line = |row| Line { row, ours: vec![], peft: vec![], times: vec![], failures: vec![] };
     let mut lines: Vec<Line<'_>> = rows.into_iter().map(line).collect();
     // Seed by seed, so that there is a whole table early.
     for &seed in &args.seeds {
@@ -107,7 +114,13 @@ pub(crate) fn run(args: &CompareArgs) -> Result<(), Failure> {
                     continue;
                 }
                 let job = Job { row, training: recipe.training(row), seed, side };
-                take(&mut lines[index], &job, &desk)?;
+                if args.times {
+                    let row = &recipe.select(&["lora".into()])?[0];
+                    let lora = Job { row, training: recipe.training(row), seed, side };
+                    time(&mut lines[index], &job, &lora, args.steps, &desk)?;
+                } else {
+                    take(&mut lines[index], &job, &desk)?;
+                }
                 report(&desk.output, &head, &lines)?;
             }
         }
@@ -146,6 +159,28 @@ fn take(line: &mut Line<'_>, job: &Job<'_>, desk: &Desk) -> Result<(), Failure> 
             println!("FAILED: {failure}");
             line.failures.push((seed, side, failure.to_string()));
         }
+    }
+    Ok(())
+}
+
+/// Times a row, and puts what it came to beside the run that is there.
+fn time(
+    line: &mut Line<'_>,
+    job: &Job<'_>,
+    lora: &Job<'_>,
+    steps: Option<usize>,
+    desk: &Desk,
+) -> Result<(), Failure> {
+    line.ours.extend(job.finished(desk)?.map(|run| (job.seed, run)));
+    print!("{:<18}", job.row.name);
+    let _ = std::io::stdout().flush();
+    match times::take(job, lora, steps, desk) {
+        Ok(times) => {
+            println!("{:.0} ms a step, {:.2} of LoRA's", 1e3 * times.own, times.own / times.lora);
+            line.times.push(times);
+        }
+        // Some plans need more steps than these few: their whole runs have the time.
+        Err(failure) => println!("not timed: {failure}"),
     }
     Ok(())
 }

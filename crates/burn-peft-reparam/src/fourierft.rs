@@ -61,6 +61,10 @@ impl Default for FourierFt {
     }
 }
 
+/// Waves that are added up at a time: rounding grows with the sum to which a term is added, and with
+/// the default scale the difference is several times the model's weight.
+const TERMS: usize = 256;
+
 /// What the frequencies look like on both sides of a weight: `cos(a + b) = cos a·cos b − sin a·sin b`.
 #[derive(Module, Debug)]
 pub struct Waves {
@@ -124,7 +128,13 @@ impl Adapter for FourierFtAdapter {
 impl Fold for FourierFtAdapter {
     fn weight(&self, _w: &Tensor<2>) -> Option<Tensor<2>> {
         let inputs = self.waves.inputs.clone() * self.amplitudes().unsqueeze();
-        Some(inputs.matmul(self.waves.outputs.clone().transpose()))
+        let [_, waves] = inputs.dims();
+        let part = |start| {
+            let length = TERMS.min(waves - start);
+            let outputs = self.waves.outputs.clone().narrow(1, start, length);
+            inputs.clone().narrow(1, start, length).matmul(outputs.transpose())
+        };
+        (0..waves).step_by(TERMS).map(part).reduce(|sum, part| sum + part)
     }
 }
 

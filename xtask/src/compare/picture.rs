@@ -19,6 +19,11 @@ const COLORS: &[RGBColor] = &[
     RGBColor(140, 86, 75),
     RGBColor(23, 190, 207),
     RGBColor(127, 127, 127),
+    RGBColor(231, 84, 166),
+    RGBColor(158, 161, 0),
+    RGBColor(0, 0, 0),
+    RGBColor(0, 90, 90),
+    RGBColor(112, 134, 230),
 ];
 
 /// Height of a label, and how wide a letter is at most.
@@ -193,7 +198,7 @@ mod tests {
         let mut lines: Vec<_> = recipe
             .rows
             .iter()
-            .map(|row| Line { row, ours: vec![], peft: vec![], failures: vec![] })
+            .map(|row| Line { row, ours: vec![], peft: vec![], times: vec![], failures: vec![] })
             .collect();
         assert_eq!(svg("t", &lines).expect("is drawn"), None);
         lines[0].ours.push((1, measured(0.7, 0.5)));

@@ -91,7 +91,7 @@ impl Job<'_> {
         format!("{}-{}-seed-{}-{sum}", self.row.name, self.side.name(), self.seed)
     }
 
-    fn file(&self, desk: &Desk, ending: &str) -> PathBuf {
+    pub(super) fn file(&self, desk: &Desk, ending: &str) -> PathBuf {
         desk.output.join("runs").join(format!("{}.{ending}", self.stem(desk)))
     }
 
@@ -129,17 +129,20 @@ impl Job<'_> {
         Ok(measured)
     }
 
+    /// Trains, and tells the mean time of an optimizer step.
+    pub(super) fn step_seconds(&self, desk: &Desk) -> Result<f64, Failure> {
+        let folder =
+            tempfile::tempdir_in(&desk.output).map_err(|e| Failure::at(&desk.output, e))?;
+        let (adapter, log) = (folder.path().join("adapter"), self.file(desk, "times.log"));
+        fs::write(&log, b"").map_err(|e| Failure::at(&log, e))?;
+        exec::logged(&mut self.train(desk, &adapter), &log)?;
+        step_seconds(&summary(&adapter)?, &adapter)
+    }
+
     fn ours(&self, desk: &Desk, folder: &Path, log: &Path) -> Result<Measured, Failure> {
         let adapter = folder.join("adapter");
         exec::logged(&mut self.train(desk, &adapter), log)?;
-        let number = |of: &Value, name: &str| {
-            let found = of[name].as_f64();
-            found.ok_or_else(|| Failure::at(&adapter, format!("`{name}` is not known")))
-        };
-        let summary = adapter.join("summary.json");
-        let text = fs::read_to_string(&summary).map_err(|e| Failure::at(&summary, e))?;
-        let summary: Value = serde_json::from_str(&text).map_err(|e| Failure::at(&summary, e))?;
-
+        let summary = summary(&adapter)?;
         let mut eval = desk.command("eval");
         eval.arg("--adapter").arg(&adapter).arg("--test-file").arg(&desk.held_out);
         if let Some(length) = self.training.get("max_length") {
@@ -151,10 +154,10 @@ impl Job<'_> {
         let embeddings = folder.join("adapted.safetensors");
         desk.embed(Some(&adapter), &embeddings, log)?;
         Ok(Measured {
-            accuracy: number(&report, "accuracy")?,
-            trainable_parameters: number(&summary, "trainable_parameters")? as u64,
+            accuracy: number(&report, "accuracy", &adapter)?,
+            trainable_parameters: number(&summary, "trainable_parameters", &adapter)? as u64,
             adapter_bytes: tensor_bytes(&adapter)?,
-            step_seconds: number(&summary, "train_seconds")? / number(&summary, "steps")?,
+            step_seconds: step_seconds(&summary, &adapter)?,
             peak_memory_bytes: summary["peak_memory_bytes"].as_u64(),
             forgetting: 1.0 - similarity(&desk.base_embeddings(), &embeddings)?,
             seconds: 0.0,
@@ -198,6 +201,22 @@ impl Job<'_> {
         let text = fs::read_to_string(&told).map_err(|e| Failure::at(&told, e))?;
         serde_json::from_str(&text).map_err(|e| Failure::at(&told, e))
     }
+}
+
+/// What `burn-peft train` left beside the adapter.
+fn summary(adapter: &Path) -> Result<Value, Failure> {
+    let path = adapter.join("summary.json");
+    let text = fs::read_to_string(&path).map_err(|e| Failure::at(&path, e))?;
+    serde_json::from_str(&text).map_err(|e| Failure::at(&path, e))
+}
+
+fn number(of: &Value, name: &str, adapter: &Path) -> Result<f64, Failure> {
+    let found = of[name].as_f64();
+    found.ok_or_else(|| Failure::at(adapter, format!("`{name}` is not known")))
+}
+
+fn step_seconds(summary: &Value, adapter: &Path) -> Result<f64, Failure> {
+    Ok(number(summary, "train_seconds", adapter)? / number(summary, "steps", adapter)?)
 }
 
 impl Desk {

@@ -2,6 +2,7 @@
 
 use super::recipe::Row;
 use super::run::{Measured, Side};
+use super::times::{Times, medians};
 use crate::summary::{duration, grouped};
 use serde_json::{Value, json};
 use std::fmt::Write;
@@ -16,6 +17,8 @@ pub(super) struct Line<'r> {
     /// Seeds and what they came to.
     pub(super) ours: Vec<(u64, Measured)>,
     pub(super) peft: Vec<(u64, Measured)>,
+    /// Of `--times`.
+    pub(super) times: Vec<Times>,
     pub(super) failures: Vec<(u64, Side, String)>,
 }
 
@@ -28,6 +31,7 @@ pub(super) struct Head {
     pub(super) held_out: usize,
     pub(super) threads: usize,
     pub(super) against: bool,
+    pub(super) timed: bool,
 }
 
 /// Mean and, of two numbers or more, the standard deviation of a sample.
@@ -103,10 +107,11 @@ const OWN: &[Column] = &[
         None if line.failures.iter().any(|(_, side, _)| *side == Side::Ours) => "failed".into(),
         told => cell(told),
     }),
-    ("step", |line, _| cell(milliseconds(&line.ours))),
-    ("× LoRA", |line, lora| {
-        cell(mean(step, &line.ours).zip(lora).map(|(own, lora)| format!("{:.2}", own / lora)))
+    ("step", |line, _| match medians(&line.times) {
+        Some((own, _)) => format!("{:.0} ms", 1e3 * own),
+        None => cell(milliseconds(&line.ours)),
     }),
+    ("× LoRA", |line, lora| cell(ratio(line, lora).map(|ratio| format!("{ratio:.2}")))),
     ("memory", |line, _| cell(memory(&line.ours))),
     ("forgetting", |line, _| cell(forgetting(&line.ours))),
 ];
@@ -121,6 +126,12 @@ const THEIRS: &[Column] = &[
     ("memory", |line, _| cell(memory(&line.peft))),
     ("forgetting", |line, _| cell(forgetting(&line.peft))),
 ];
+
+/// Of LoRA's step: as timed turn by turn, or else of the whole runs.
+fn ratio(line: &Line<'_>, lora: Option<f64>) -> Option<f64> {
+    let whole = || Some(mean(step, &line.ours)? / lora?);
+    medians(&line.times).map(|(_, ratio)| ratio).or_else(whole)
+}
 
 /// The step of the row that all others are measured by.
 fn lora(lines: &[Line<'_>]) -> Option<f64> {
@@ -162,6 +173,9 @@ fn introduction(head: &Head) -> String {
         grouped(head.held_out as f64),
         head.threads,
     );
+    if head.timed {
+        text += " Steps were timed in short runs of their own, LoRA's before each.";
+    }
     if head.against {
         text += " `peft` trains with the same settings on the same data, turn by turn.";
     }
@@ -179,8 +193,7 @@ fn verdicts(against: bool, lines: &[Line<'_>], lora: Option<f64>) -> String {
         let _ =
             write!(text, "\nThe accuracy furthest from `peft`'s: {name}, {points:+.1} points.\n");
     }
-    let ratio = |line: &Line<'_>| Some(mean(step, &line.ours)? / lora?);
-    let slow = lines.iter().filter_map(|line| Some((&line.row.name, ratio(line)?)));
+    let slow = lines.iter().filter_map(|line| Some((&line.row.name, ratio(line, lora)?)));
     let slow: Vec<_> = slow
         .filter(|(_, ratio)| *ratio > SLOW)
         .map(|(name, ratio)| format!("{name} {ratio:.2}"))
@@ -210,7 +223,10 @@ fn verdicts(against: bool, lines: &[Line<'_>], lora: Option<f64>) -> String {
 impl Line<'_> {
     /// Whether there is anything to say of it.
     fn begun(&self) -> bool {
-        !(self.ours.is_empty() && self.peft.is_empty() && self.failures.is_empty())
+        !(self.ours.is_empty()
+            && self.peft.is_empty()
+            && self.times.is_empty()
+            && self.failures.is_empty())
     }
 }
 
@@ -223,7 +239,7 @@ pub(super) fn json(head: &Head, lines: &[Line<'_>]) -> Value {
     let line = |line: &Line<'_>| {
         json!({
             "row": line.row, "ours": runs(&line.ours), "peft": runs(&line.peft),
-            "failures": line.failures.iter().map(failure).collect::<Value>(),
+            "times": line.times, "failures": line.failures.iter().map(failure).collect::<Value>(),
         })
     };
     json!({
@@ -259,13 +275,20 @@ pub(super) mod tests {
             held_out: 2114,
             threads: 2,
             against,
+            timed: false,
         }
     }
 
     fn told(against: bool) -> String {
         let recipe = Recipe::sentiment().expect("is a recipe");
         let of = |name: &str| recipe.rows.iter().find(|row| row.name == name).expect("is a row");
-        let line = |name| Line { row: of(name), ours: vec![], peft: vec![], failures: vec![] };
+        let line = |name| Line {
+            row: of(name),
+            ours: vec![],
+            peft: vec![],
+            times: vec![],
+            failures: vec![],
+        };
         let lora = Line {
             ours: vec![(1, measured(0.76, 0.4)), (2, measured(0.78, 0.6))],
             peft: vec![(2, measured(0.77, 0.8))],
@@ -292,6 +315,24 @@ pub(super) mod tests {
             assert!(text.contains(expected), "{expected} is not in\n{text}");
         }
         assert!(!text.contains("| dora |") && !text.contains("`peft`"), "{text}");
+    }
+
+    #[test]
+    fn what_was_timed_turn_by_turn_stands_for_the_whole_runs() {
+        let recipe = Recipe::sentiment().expect("is a recipe");
+        let line = |row, seconds, times| Line {
+            row: &recipe.rows[row],
+            ours: vec![(1, measured(0.75, seconds))],
+            peft: vec![],
+            times,
+            failures: vec![],
+        };
+        let times = vec![Times { own: 0.6, lora: 0.5 }];
+        let lines = [line(0, 0.4, vec![]), line(1, 0.8, times), line(2, 0.8, vec![])];
+        let text = markdown(&Head { timed: true, ..head(false) }, &lines);
+        for expected in ["| 600 ms | 1.20 |", "| 800 ms | 2.00 |", "LoRA's before each"] {
+            assert!(text.contains(expected), "{expected} is not in\n{text}");
+        }
     }
 
     #[test]
