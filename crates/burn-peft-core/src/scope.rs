@@ -148,6 +148,11 @@ impl<'a> Scope<'a> {
         laid
     }
 
+    /// Whether nothing lies over this place, so that its layer may be computed in any way.
+    pub fn is_bare(&self) -> bool {
+        self.laid().is_empty()
+    }
+
     /// A linear layer with what lies over it: `[batch, in]`, `[batch, seq, in]` or more axes → `[.., out]`.
     pub fn linear<const D: usize>(&self, layer: &Linear, x: Tensor<D>) -> Tensor<D> {
         let laid = self.laid();

@@ -1,8 +1,8 @@
 //! The same functions as compositions of Burn's operations: what runs where nothing is fused, and the
 //! reference of the fused forms.
 
-use burn::tensor::activation::{silu, softmax};
-use burn::tensor::{DType, Tensor};
+use burn::tensor::activation::{log_softmax, silu, softmax};
+use burn::tensor::{DType, Int, Tensor, TensorData};
 
 /// As [`linear`](crate::linear).
 pub fn linear<const D: usize>(x: Tensor<D>, w: Tensor<2>, b: Option<Tensor<1>>) -> Tensor<D> {
@@ -46,6 +46,17 @@ pub fn rotate(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>) -> Tensor<4> {
     let half = |range: std::ops::Range<usize>| x.clone().slice([0..batch, 0..heads, 0..seq, range]);
     let turned = Tensor::cat(vec![-half(d / 2..d), half(0..d / 2)], 3);
     x * cos + turned * sin
+}
+
+/// As [`cross_entropy`](crate::cross_entropy), of logits `[n, classes]` that are there.
+pub fn cross_entropy(logits: Tensor<2>, targets: Vec<i32>) -> (Tensor<1>, Tensor<1, Int>) {
+    let [rows, _] = logits.dims();
+    let device = logits.device().without_autodiff();
+    let targets: Tensor<1, Int> = Tensor::from_data(TensorData::new(targets, [rows]), &device);
+    let best = logits.clone().without_autodiff().argmax(1).reshape([rows]);
+    let correct = best.equal(targets.clone()).int().sum();
+    let right = log_softmax(logits, 1).gather(1, targets.reshape([rows, 1])); // [n, 1]
+    (-right.sum(), correct)
 }
 
 /// As [`attention`](crate::attention()).

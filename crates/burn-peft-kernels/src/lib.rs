@@ -14,7 +14,7 @@ mod memory;
 
 pub use memory::keep_freed_memory;
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 
 /// Whether the fused form serves: flex, and f32 throughout.
 #[cfg(feature = "flex")]
@@ -92,6 +92,24 @@ pub fn rms_norm<const D: usize>(x: Tensor<D>, gamma: Tensor<1>, epsilon: f64) ->
 pub fn rotate(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>) -> Tensor<4> {
     on_flex!([x, cos, sin] => flex::rotate(x, cos, sin));
     composed::rotate(x, cos, sin)
+}
+
+/// Cross-entropy behind a product, `Σₙ −log softmax(xₙ·W)[tₙ]`, and how many rows have their target on top:
+/// `x [n, in]`, `W [in, classes]`, a target a row → `[1]` and `[1]`.
+///
+/// Fused, no `[n, classes]` matrix is made, neither for the value nor for the gradients, which come out of the
+/// same pass (arXiv 2410.10989). For a vocabulary of 49,152 and 1,024 tokens that matrix is 200 MB.
+///
+/// # Panics
+/// If there is not one target a row, or a target is no class.
+pub fn cross_entropy(x: Tensor<2>, w: Tensor<2>, targets: Vec<i32>) -> (Tensor<1>, Tensor<1, Int>) {
+    #[cfg(feature = "flex")]
+    if fused(&[x.device(), w.device()], &[x.dtype(), w.dtype()]) {
+        let both = flex::cross_entropy(x, w, targets);
+        let correct = both.clone().without_autodiff().narrow(0, 1, 1).int();
+        return (both.narrow(0, 0, 1), correct);
+    }
+    composed::cross_entropy(composed::linear(x, w, None), targets)
 }
 
 /// Attention, `softmax(q·kᵀ/√d + mask)·v`, heads joined again: `[batch, seq, heads·d]`.

@@ -100,6 +100,23 @@ proptest! {
     }
 
     #[test]
+    fn cross_entropy(n in 1_usize..40, width in 1_usize..30, classes in 1_usize..90) {
+        let targets: Vec<i32> = (0..n).map(|i| (i * 31 % classes) as i32).collect();
+        let (x, w) = (random([n, width], 1), random([width, classes], 2));
+        let t = tolerance(n.max(width).max(classes));
+        let (fused, right) = kernels::cross_entropy(x.clone(), w.clone(), targets.clone());
+        let plain = || composed::cross_entropy(composed::linear(x.clone(), w.clone(), None), targets.clone());
+        let count = |t: Tensor<1, burn::tensor::Int>| t.into_data().convert::<i32>().try_to_vec::<i32>().expect("is i32");
+        prop_assert_eq!(count(right), count(plain().1));
+        same!(t, [x, w], fused.clone(), plain().0);
+        // A weight that lies transposed, and rows that are picked out.
+        let w = random([classes, width], 3);
+        let x = random([width, n], 4);
+        same!(t, [x, w], kernels::cross_entropy(x.clone().transpose(), w.clone().transpose(), targets.clone()).0,
+            composed::cross_entropy(composed::linear(x.clone().transpose(), w.clone().transpose(), None), targets.clone()).0);
+    }
+
+    #[test]
     fn rotary(batch in 1_usize..4, heads in 1_usize..5, seq in 1_usize..30, half in 1_usize..20) {
         let x = random([batch, seq, heads, 2 * half], 1);
         let table = |seed| {
@@ -180,6 +197,11 @@ fn nothing_gives_nothing() {
     let gradients = y.sum().backward();
     assert_eq!(x.grad(&gradients).map(|g| g.dims()), Some([0, 5, 8]));
     assert_eq!(values(w.grad(&gradients).expect("is tracked")), vec![0.0; 24]);
+    let rows = random([0, 8], 5);
+    let (loss, right) = kernels::cross_entropy(rows.clone(), w.clone(), Vec::new());
+    assert_eq!((values(loss.clone()), right.into_scalar::<i32>()), (vec![0.0], 0));
+    let gradients = loss.backward();
+    assert_eq!(rows.grad(&gradients).map(|g| g.dims()), Some([0, 8]));
     let q = random([2, 0, 3, 4], 4);
     assert_eq!(
         kernels::attention(

@@ -6,7 +6,7 @@ use crate::cache::{Cached, KvCache};
 use crate::load::{Pretrained, linear, plausible, table};
 use burn::module::Module;
 use burn::nn::{Embedding, Linear, RmsNorm, RmsNormConfig};
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft_core::{Error, Front, Hidden, HiddenPlace, Scope};
 use burn_peft_kernels::{attention, rotate, silu_mul};
 use serde::Deserialize;
@@ -435,6 +435,30 @@ impl LlamaForCausalLM {
             None => {
                 let table = self.model.embed_tokens.weight.val(); // [vocab, hidden]
                 burn_peft_kernels::linear(hidden, table.transpose(), None)
+            }
+        }
+    }
+
+    /// Cross-entropy of the logits of hidden states `[n, hidden]` with a token each: the sum, and how many have it
+    /// on top. The logits are not kept, unless something lies over the output layer.
+    pub fn cross_entropy(
+        &self,
+        hidden: Tensor<2>,
+        targets: Vec<i32>,
+        cx: &Scope<'_>,
+    ) -> (Tensor<1>, Tensor<1, Int>) {
+        let weight = match &self.lm_head {
+            None => Some(self.model.embed_tokens.weight.val().transpose()), // [hidden, vocab]
+            Some(head) if head.bias.is_none() && cx.at("lm_head").is_bare() => {
+                Some(head.weight.val())
+            }
+            Some(_) => None,
+        };
+        match weight {
+            Some(weight) => burn_peft_kernels::cross_entropy(hidden, weight, targets),
+            None => {
+                let logits = self.logits(hidden.unsqueeze_dim(0), cx).squeeze_dim(0); // [n, vocab]
+                burn_peft_kernels::composed::cross_entropy(logits, targets)
             }
         }
     }

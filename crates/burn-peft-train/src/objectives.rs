@@ -2,9 +2,9 @@
 
 use crate::data::{CausalBatch, ClassBatch, IGNORED};
 use crate::{Loss, Objective};
-use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft_core::{Counted, Error, Scope};
+use burn_peft_kernels::composed::cross_entropy;
 use burn_peft_models::{
     BertForSequenceClassification, Classifier, Dinov2ForImageClassification, Images,
     LlamaForCausalLM, Tokens, ViTForImageClassification,
@@ -15,15 +15,11 @@ fn ints(values: Vec<i32>, device: &Device) -> Tensor<1, Int> {
     Tensor::from_data(TensorData::new(values, [count]), device)
 }
 
-/// Cross-entropy of `logits [n, classes]` with one right class a row: the sum over rows, and how
-/// many rows have it on top.
-fn cross_entropy(logits: Tensor<2>, targets: Vec<i32>, device: &Device) -> Loss {
-    let [rows, _] = logits.dims();
-    let targets = ints(targets, device);
-    let best = logits.clone().without_autodiff().argmax(1).reshape([rows]);
-    let correct = best.equal(targets.clone()).int().sum();
-    let right = log_softmax(logits, 1).gather(1, targets.reshape([rows, 1])); // [n, 1]
-    Loss { sum: -right.sum(), correct }
+impl From<(Tensor<1>, Tensor<1, Int>)> for Loss {
+    /// A sum over targets, and how many were right.
+    fn from((sum, correct): (Tensor<1>, Tensor<1, Int>)) -> Self {
+        Self { sum, correct }
+    }
 }
 
 fn counted(tokens: &Tokens, also: impl Fn(usize) -> bool) -> Counted {
@@ -67,9 +63,9 @@ macro_rules! classifiers {
         impl Objective for $model {
             type Batch = ClassBatch<<$model as Classifier>::Input>;
 
-            fn loss(&self, batch: &Self::Batch, device: &Device, cx: &Scope<'_>) -> Loss {
+            fn loss(&self, batch: &Self::Batch, _device: &Device, cx: &Scope<'_>) -> Loss {
                 let logits = Classifier::forward(self, &batch.input, cx);
-                cross_entropy(logits, batch.labels.clone(), device)
+                cross_entropy(logits, batch.labels.clone()).into()
             }
 
             fn check(&self, batch: &Self::Batch, cx: &Scope<'_>) -> Result<(), Error> {
@@ -111,9 +107,7 @@ impl Objective for LlamaForCausalLM {
             return Loss { sum: hidden.sum() * 0.0, correct };
         }
         let picked = hidden.reshape([rows * seq, width]).select(0, ints(at, device)); // [n, h]
-        let logits = self.logits(picked.unsqueeze_dim(0), cx); // [1, n, vocab]
-        let [_, n, vocab] = logits.dims();
-        cross_entropy(logits.reshape([n, vocab]), targets, device)
+        self.cross_entropy(picked, targets, cx).into()
     }
 
     fn check(&self, batch: &CausalBatch, cx: &Scope<'_>) -> Result<(), Error> {

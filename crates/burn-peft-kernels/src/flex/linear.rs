@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 /// A weight as it lies where that is without gaps, transposed or not. Others are copied into order, so that a
 /// part of a larger matrix gives the numbers of the same matrix alone, bit for bit.
-fn weight(w: &Dense) -> (Dense, usize, Shape) {
+pub(super) fn weight(w: &Dense) -> (Dense, usize, Shape) {
     let dense = |t: &Dense| t.layout().contiguous_offsets().is_some();
     let w = if dense(w) || dense(&w.transpose(0, 1)) { w.clone() } else { w.to_contiguous() };
     let layout = w.layout();

@@ -2,6 +2,7 @@
 //! `Autodiff<Flex>`.
 
 mod attention;
+mod cross_entropy;
 mod linear;
 mod math;
 mod matrix;
@@ -59,6 +60,13 @@ pub(crate) trait Kernels: Backend {
         sin: FloatTensor<Self>,
     ) -> FloatTensor<Self>;
 
+    /// `[Σ −log softmax(x·W)[t], how many are right]`
+    fn fused_cross_entropy(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        targets: Vec<i32>,
+    ) -> FloatTensor<Self>;
+
     /// `softmax(q·kᵀ/√d)·v`
     fn fused_attention(
         q: FloatTensor<Self>,
@@ -104,6 +112,10 @@ impl Kernels for Flex {
         rotary::turn(&x, &cos, &sin, 1.0)
     }
 
+    fn fused_cross_entropy(x: Dense, w: Dense, targets: Vec<i32>) -> Dense {
+        cross_entropy::forward(&x, &w, &targets)
+    }
+
     fn fused_attention(q: Dense, k: Dense, v: Dense) -> Dense {
         attention::forward(&q, &k, &v, None).0
     }
@@ -145,6 +157,10 @@ impl<C: CheckpointStrategy> Kernels for Autodiff<Flex, C> {
         rotary::tracked::<C>(x, cos, sin)
     }
 
+    fn fused_cross_entropy(x: Tracked, w: Tracked, targets: Vec<i32>) -> Tracked {
+        cross_entropy::tracked::<C>(x, w, &targets)
+    }
+
     fn fused_attention(q: Tracked, k: Tracked, v: Tracked) -> Tracked {
         attention::tracked::<C>(q, k, v, None)
     }
@@ -167,6 +183,12 @@ macro_rules! wrap {
             Tensor::from_dispatch(out)
         }
     };
+}
+
+/// `[sum, correct]`
+pub(crate) fn cross_entropy(x: Tensor<2>, w: Tensor<2>, targets: Vec<i32>) -> Tensor<1> {
+    let (x, w) = (x.into_dispatch(), w.into_dispatch());
+    Tensor::from_dispatch(<Dispatch as Kernels>::fused_cross_entropy(x, w, targets))
 }
 
 wrap!(linear = fused_linear(x [D], w [2]) -> [D]);
