@@ -9,6 +9,18 @@ pub fn linear<const D: usize>(x: Tensor<D>, w: Tensor<2>, b: Option<Tensor<1>>) 
     burn::tensor::module::linear(x, w, b)
 }
 
+/// As [`low_rank`](crate::low_rank).
+pub fn low_rank<const D: usize>(
+    x: Tensor<D>,
+    w: Tensor<2>,
+    bias: Option<Tensor<1>>,
+    (a, b): (Tensor<2>, Tensor<2>),
+    scale: f64,
+) -> Tensor<D> {
+    let h = linear(x.clone(), a, None) * scale; // [.., r]
+    linear(x, w, bias) + linear(h, b, None)
+}
+
 /// As [`gelu`](crate::gelu).
 pub fn gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     burn::tensor::activation::gelu(x)

@@ -49,6 +49,29 @@ pub fn linear<const D: usize>(x: Tensor<D>, w: Tensor<2>, b: Option<Tensor<1>>) 
     }
 }
 
+/// A linear layer with a difference of low rank, `y = x·W + bias + s·x·A·B` (arXiv 2106.09685): `x [.., in]`,
+/// `W [in, out]`, `bias [out]`, `A [in, r]`, `B [r, out]` → `[.., out]`.
+///
+/// Fused, what the factors give is added up in the layer's own output, and in the gradient of `x`.
+pub fn low_rank<const D: usize>(
+    x: Tensor<D>,
+    w: Tensor<2>,
+    bias: Option<Tensor<1>>,
+    (a, b): (Tensor<2>, Tensor<2>),
+    scale: f64,
+) -> Tensor<D> {
+    match bias {
+        Some(bias) => {
+            on_flex!([x, w, bias, a, b] => flex::low_rank_biased(x, w, bias, a, b, scale));
+            composed::low_rank(x, w, Some(bias), (a, b), scale)
+        }
+        None => {
+            on_flex!([x, w, a, b] => flex::low_rank(x, w, a, b, scale));
+            composed::low_rank(x, w, None, (a, b), scale)
+        }
+    }
+}
+
 /// `GELU(x) = x·Φ(x)` (arXiv 1606.08415), with the error function and not its `tanh` approximation.
 pub fn gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     on_flex!([x] => flex::gelu(x));

@@ -79,6 +79,25 @@ proptest! {
     }
 
     #[test]
+    fn low_rank(
+        batch in 1_usize..4, seq in 1_usize..40, fan_in in 1_usize..50, fan_out in 1_usize..50, r in 1_usize..10,
+    ) {
+        let (x, w, bias) = (random([batch, seq, fan_in], 1), random([fan_in, fan_out], 2), random([fan_out], 3));
+        let (a, b) = (random([fan_in, r], 4), random([r, fan_out], 5));
+        // Sums of products of sums: each counts for as many terms as both have.
+        let t = tolerance(fan_in.max(batch * seq).max(fan_out)) * tolerance(r) / f32::EPSILON;
+        let pair = || (a.clone(), b.clone());
+        same!(t, [x, w, bias, a, b], kernels::low_rank(x.clone(), w.clone(), Some(bias.clone()), pair(), 0.5),
+            composed::low_rank(x.clone(), w.clone(), Some(bias.clone()), pair(), 0.5));
+        same!(t, [x, w, a, b], kernels::low_rank(x.clone(), w.clone(), None, pair(), 2.0),
+            composed::low_rank(x.clone(), w.clone(), None, pair(), 2.0));
+        // A frozen layer: only what is trained and what lies before it has gradients.
+        let w = w.inner();
+        same!(t, [x, a, b], kernels::low_rank(x.clone(), w.clone(), None, pair(), 2.0),
+            composed::low_rank(x.clone(), w.clone(), None, pair(), 2.0));
+    }
+
+    #[test]
     fn pointwise(rows in 1_usize..70, width in 1_usize..600) {
         let (x, y) = (random([rows, width], 1) * 3.0, random([rows, width], 2));
         let (x, t) = (x.detach().require_grad(), tolerance(1));

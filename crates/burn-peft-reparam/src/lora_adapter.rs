@@ -12,7 +12,7 @@ use burn::tensor::module::{conv1d, conv2d, embedding};
 use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Int, Tensor};
 use burn_peft_core::{Adapter, Fold, SeenTokens, as_matrix};
-use burn_peft_kernels::linear;
+use burn_peft_kernels::{linear, low_rank};
 
 /// What LoRA trains at one place.
 #[derive(Module, Debug)]
@@ -138,6 +138,17 @@ impl Adapter for LoraAdapter {
             Some(LoraVariant::ALora(_)) => None, // no token is known to be one of its own
             _ => self.everywhere(layer, x, y),
         }
+    }
+
+    /// The plain form, `x·W + b + s·x·A·B`, in one; where more than that happens, `linear` has the difference.
+    fn linear_whole(&self, layer: &Linear, x: &Tensor<3>) -> Option<Tensor<3>> {
+        let plain = self.variant.is_none() && self.lora_bias.is_none();
+        let (a, b) = plain.then(|| self.factors())?;
+        if drops(&self.dropout, &a) || x.dtype() != a.dtype() {
+            return None;
+        }
+        let (w, bias) = (layer.weight.val(), layer.bias.as_ref().map(Param::val));
+        Some(low_rank(x.clone(), w, bias, (a, b), self.scaling))
     }
 
     fn linear_reading(

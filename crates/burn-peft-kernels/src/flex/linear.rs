@@ -28,43 +28,51 @@ fn rows(dims: &[usize]) -> (usize, usize) {
     (dims[..dims.len() - 1].iter().product(), width)
 }
 
+/// `out = scale·x·W`, or `out += scale·x·W`, or the same with `Wᵀ`: `x` lies in order.
+pub(super) fn multiply(
+    out: &mut [f32],
+    add: bool,
+    scale: f32,
+    x: &Dense,
+    w: &Dense,
+    transposed: bool,
+) {
+    let (w, start, shape) = weight(w);
+    let (n, width) = rows(&dims(x));
+    let view = View::new(w.storage::<f32>(), start, shape);
+    let (view, cols) =
+        if transposed { (view.transposed(), shape.rows) } else { (view, shape.cols) };
+    let x = View::new(flat(x), 0, Shape::rows(n, width));
+    matmul(&mut ViewMut::new(out, Shape::rows(n, cols)), add, scale, x, view, false);
+}
+
 pub(super) fn forward(x: &Dense, w: &Dense, b: Option<&Dense>) -> Dense {
-    let (x, (w, start, shape)) = (in_order(x), weight(w));
+    let (x, cols, b) = (in_order(x), dims(w)[1], b.map(in_order));
     let mut out_dims = dims(&x);
-    let (n, width) = rows(&out_dims);
     if let Some(last) = out_dims.last_mut() {
-        *last = shape.cols;
+        *last = cols;
     }
-    let b = b.map(in_order);
     make(out_dims, |out| {
-        if let (Some(b), true) = (&b, shape.cols > 0) {
-            let rows = out.par_chunks_exact_mut(shape.cols).with_min_len(16);
+        if let (Some(b), true) = (&b, cols > 0) {
+            let rows = out.par_chunks_exact_mut(cols).with_min_len(16);
             rows.for_each(|row| row.copy_from_slice(flat(b)));
         }
-        let x = View::new(flat(&x), 0, Shape::rows(n, width));
-        let w = View::new(w.storage::<f32>(), start, shape);
-        let mut out = ViewMut::new(out, Shape::rows(n, shape.cols));
-        matmul(&mut out, b.is_some(), 1.0, x, w, false);
+        multiply(out, b.is_some(), 1.0, &x, w, false);
     })
 }
 
 /// `g·Wᵀ`
-fn input_gradient(g: &Dense, w: &Dense) -> Dense {
-    let (g, (w, start, shape)) = (in_order(g), weight(w));
+pub(super) fn input_gradient(g: &Dense, w: &Dense) -> Dense {
+    let g = in_order(g);
     let mut out_dims = dims(&g);
-    let (n, width) = rows(&out_dims);
     if let Some(last) = out_dims.last_mut() {
-        *last = shape.rows;
+        *last = dims(w)[0];
     }
-    make(out_dims, |out| {
-        let g = View::new(flat(&g), 0, Shape::rows(n, width));
-        let w = View::new(w.storage::<f32>(), start, shape).transposed();
-        matmul(&mut ViewMut::new(out, Shape::rows(n, shape.rows)), false, 1.0, g, w, false);
-    })
+    make(out_dims, |out| multiply(out, false, 1.0, &g, w, true))
 }
 
 /// `xᵀ·g`
-fn weight_gradient(x: &Dense, g: &Dense) -> Dense {
+pub(super) fn weight_gradient(x: &Dense, g: &Dense) -> Dense {
     let (x, g) = (in_order(x), in_order(g));
     let ((n, fan_in), (_, fan_out)) = (rows(&dims(&x)), rows(&dims(&g)));
     make([fan_in, fan_out], |out| {
@@ -75,7 +83,7 @@ fn weight_gradient(x: &Dense, g: &Dense) -> Dense {
 }
 
 /// `Σ g` over the rows, in their order.
-fn bias_gradient(g: &Dense) -> Dense {
+pub(super) fn bias_gradient(g: &Dense) -> Dense {
     let g = in_order(g);
     let (_, width) = rows(&dims(&g));
     make([width], |out| {

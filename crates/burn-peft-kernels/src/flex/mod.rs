@@ -4,6 +4,7 @@
 mod attention;
 mod cross_entropy;
 mod linear;
+mod low_rank;
 mod math;
 mod matrix;
 mod norm;
@@ -30,6 +31,25 @@ pub(crate) trait Kernels: Backend {
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         b: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
+
+    /// `x·W + s·x·A·B`
+    fn fused_low_rank(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        scale: f64,
+    ) -> FloatTensor<Self>;
+
+    /// `x·W + bias + s·x·A·B`
+    fn fused_low_rank_biased(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        scale: f64,
     ) -> FloatTensor<Self>;
 
     /// `x·Φ(x)`
@@ -92,6 +112,21 @@ impl Kernels for Flex {
         linear::forward(&x, &w, Some(&b))
     }
 
+    fn fused_low_rank(x: Dense, w: Dense, a: Dense, b: Dense, scale: f64) -> Dense {
+        low_rank::forward(&x, &w, None, (&a, &b, scale)).0
+    }
+
+    fn fused_low_rank_biased(
+        x: Dense,
+        w: Dense,
+        bias: Dense,
+        a: Dense,
+        b: Dense,
+        scale: f64,
+    ) -> Dense {
+        low_rank::forward(&x, &w, Some(&bias), (&a, &b, scale)).0
+    }
+
     fn fused_gelu(x: Dense) -> Dense {
         pointwise::gelu(&x)
     }
@@ -135,6 +170,21 @@ impl<C: CheckpointStrategy> Kernels for Autodiff<Flex, C> {
 
     fn fused_linear_biased(x: Tracked, w: Tracked, b: Tracked) -> Tracked {
         linear::biased::<C>(x, w, b)
+    }
+
+    fn fused_low_rank(x: Tracked, w: Tracked, a: Tracked, b: Tracked, scale: f64) -> Tracked {
+        low_rank::plain::<C>([x, w, a, b], scale)
+    }
+
+    fn fused_low_rank_biased(
+        x: Tracked,
+        w: Tracked,
+        bias: Tracked,
+        a: Tracked,
+        b: Tracked,
+        scale: f64,
+    ) -> Tracked {
+        low_rank::biased::<C>([x, w, a, b], bias, scale)
     }
 
     fn fused_gelu(x: Tracked) -> Tracked {
@@ -193,6 +243,8 @@ pub(crate) fn cross_entropy(x: Tensor<2>, w: Tensor<2>, targets: Vec<i32>) -> Te
 
 wrap!(linear = fused_linear(x [D], w [2]) -> [D]);
 wrap!(linear_biased = fused_linear_biased(x [D], w [2], b [1]) -> [D]);
+wrap!(low_rank = fused_low_rank(x [D], w [2], a [2], b [2]; scale) -> [D]);
+wrap!(low_rank_biased = fused_low_rank_biased(x [D], w [2], bias [1], a [2], b [2]; scale) -> [D]);
 wrap!(gelu = fused_gelu(x [D]) -> [D]);
 wrap!(silu_mul = fused_silu_mul(gate [D], up [D]) -> [D]);
 wrap!(layer_norm = fused_layer_norm(x [D], gamma [1], beta [1]; epsilon) -> [D]);
