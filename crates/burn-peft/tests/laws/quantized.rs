@@ -56,8 +56,6 @@ law!(
     /// An adapter over a quantized base is the adapter over the numbers that the base then stands for: as it
     /// begins, what it gives, how it learns, and merged.
     a_quantized_base_is_its_numbers,
-    // Rounding is Burn's on every backend, and eight passes a case take long where shaders are emulated.
-    ELSEWHERE = 0,
     |case| {
         let [quantized, plain] = [false, true].map(|back| case.rounded(back));
         assert_ne!(plain.forward(&Scope::plain()), case.forward(&Scope::plain()), "nothing was rounded");
