@@ -1,7 +1,7 @@
 //! Cross-entropy behind a product, `Σₙ −log softmax(xₙ·W)[tₙ]`, without a matrix of `[n, classes]`.
 //!
 //! Rows are taken some at a time. Where their logits lie, `p − 1ₜ` is formed, the softmax less one at the target,
-//! and from it at once what backward needs but for the factor `g` of the sum, as in arXiv 2410.10989 (section 3.2):
+//! and from it at once what backward needs but for the factor `g` of the sum, as in arXiv 2410.10989:
 //! `dx = (p − 1ₜ)·Wᵀ·g`, `dW = xᵀ·(p − 1ₜ)·g`.
 
 use super::linear::weight;
@@ -16,8 +16,8 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use rayon::prelude::*;
 
-/// Logits that are held at a time, 32 MiB of them: so many rows that packing the weight for their product
-/// is little beside it, for vocabularies of today.
+/// Logits that are held at a time, 32 MiB of them: 170 rows of a vocabulary of 49,152, since the weight is packed
+/// anew for each product.
 const LOGITS: usize = 1 << 23;
 
 /// `dx` and `dW` for a factor of 1, where they are wanted.

@@ -1,7 +1,6 @@
 //! The laws, over every registered method, every option that it samples, and every backend of the
-//! build. A method needs no tests of its own to be held to them. On backends after the first,
-//! what all samples give is held to what the first backend gives, and the laws of numbers (merged,
-//! off, rows, gradients) take each method's first sample.
+//! build. A method needs no tests of its own to be held to them. Backends after the first are held
+//! to what the first gives by all samples, and to the laws of numbers by each method's first.
 
 mod adapterhub;
 #[path = "../../examples/any_model.rs"]
