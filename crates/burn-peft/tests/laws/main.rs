@@ -28,7 +28,9 @@ use burn_peft::core::{
 };
 use burn_peft::device;
 use burn_peft::registry::{ForEach, for_each_method};
-use probe::{Drawn, Probe, all_values, close, fresh, ids, serves_linear, targets, values};
+use probe::{
+    Drawn, Probe, all_values, close, distance, fresh, ids, serves_linear, targets, values,
+};
 use std::panic::Location;
 
 /// One configuration of a method over the probe, on one backend.

@@ -296,12 +296,18 @@ pub(crate) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().convert::<f32>().try_to_vec().expect("is f32")
 }
 
-/// A few hundred roundings of numbers of this size.
+/// The largest difference, and what it may be: a few hundred roundings of numbers of this size.
+pub(crate) fn distance(found: &[f32], expected: &[f32]) -> [f32; 2] {
+    let size = expected.iter().fold(1.0_f32, |size, x| size.max(x.abs()));
+    let differences = found.iter().zip(expected).map(|(a, b)| (a - b).abs());
+    // `f32::max` would pass over what is no number.
+    let far = differences.fold(0.0, |far, d| if far >= d || far.is_nan() { far } else { d });
+    [far, 256.0 * f32::EPSILON * size]
+}
+
 #[track_caller]
 pub(crate) fn close(found: &[f32], expected: &[f32], what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
-    let size = expected.iter().fold(1.0_f32, |size, x| size.max(x.abs()));
-    let bound = 256.0 * f32::EPSILON * size;
-    let far = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    let [far, bound] = distance(found, expected);
     assert!(far <= bound, "{what}: differs by {far}, expected at most {bound}");
 }

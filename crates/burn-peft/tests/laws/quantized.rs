@@ -63,11 +63,12 @@ law!(
         assert_eq!(all_values(&there), all_values(&here), "{}", quantized.name);
         let [found, expected] = [(&quantized, &there), (&plain, &here)];
         let name = &quantized.name;
-        let [first, again] = [1, 2].map(|_| expected.0.gradients(expected.1));
-        // What draws while it trains gives other gradients each time.
-        if first == again {
-            close(&found.0.gradients(found.1), &first, name);
-        }
+        let learned = [found, expected].map(|(case, adapters)| case.gradients(adapters));
+        let [one, other] = &learned;
+        // What draws while it trains gives other gradients now and then: a part is dropped or it isn't.
+        let draws = || (0..256).any(|_| expected.0.gradients(expected.1) != *other);
+        let [distance, bound] = distance(one, other);
+        assert!(distance <= bound || draws(), "{name} learns: {distance} apart, at most {bound}");
         let [found, expected] = [found, expected].map(|(case, a)| case.forward(&Scope::new(&a.valid())));
         close(&found, &expected, name);
         let adapters = there.valid();
