@@ -65,7 +65,7 @@ pub use several::{LIST_FILE, Unwritten, adapter_folders, save_together};
 pub use site::{Kind, Site, Sites, Value, as_matrix, from_matrix, hf_component, hf_path};
 pub use slopes::{Slope, Slopes, Tuning, hardest, slopes_at};
 pub use summary::{Summary, grouped};
-pub use survey::{Counted, Finding, Moments, Passes, Statistic, survey};
+pub use survey::{Counted, Finding, Moments, Passes, Statistic, held_together, survey};
 pub use targets::{ALL_LINEAR, Names, OneOrMany, Strictness, Targets, pattern_value};
 pub use tensors::{
     PlaceTensors, TensorFile, tensor_bytes, write_atomic, write_tensors, write_together,

@@ -195,6 +195,13 @@ pub fn survey<T: Method>(mut method: T, sites: &Sites, passes: &dyn Passes) -> R
     method.surveyed(&chosen)
 }
 
+/// How many of the first of `sites` [`slopes_at`](crate::slopes_at) is best shown together, so that what it sums fits
+/// into memory: at least one.
+pub fn held_together(sites: &[Site]) -> usize {
+    let sites: Vec<&Site> = sites.iter().collect();
+    fitting(&sites, Statistic::Hardest(0))
+}
+
 /// How many of `sites` are looked at together: at least one.
 fn fitting(sites: &[&Site], statistic: Statistic) -> usize {
     if matches!(statistic, Statistic::Slopes { tuning: Some(_), .. } | Statistic::Trial) {

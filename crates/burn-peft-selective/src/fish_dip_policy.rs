@@ -6,7 +6,8 @@ use crate::parameter::Parameter;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use burn_peft_core::{
-    Adapters, Error, Overlay, Passes, Policy, Site, Value, from_matrix, hardest, slopes_at,
+    Adapters, Error, Overlay, Passes, Policy, Site, Value, from_matrix, hardest, held_together,
+    slopes_at,
 };
 use serde_json::Value as Json;
 
@@ -61,14 +62,21 @@ impl Policy<FishDipAdapter> for Dips {
         let sites = &self.method.sites;
         let now = |site: &Site| still.get(&site.path).map(|adapter| moved(site, adapter));
         let now: Vec<Site> = sites.iter().filter_map(now).collect();
-        let found = slopes_at(&now, passes, &examples, beside);
-        let mut scored = Vec::new();
-        for site in &now {
-            let own = self.method.fish_mask.scored(site, found.get(&site.path))?;
-            if own.iter().flat_map(|one| &one.scores).any(|score| !score.is_finite()) {
-                return Err(Error::place(&site.path, "the data brings NaN or infinity there"));
+        let (mut scored, mut rest) = (Vec::new(), now.as_slice());
+        while !rest.is_empty() {
+            let (group, after) = rest.split_at(held_together(rest));
+            let here = |path: &str| group.iter().any(|site| site.path == path);
+            let others = still.iter().filter(|(path, _)| !here(path));
+            let others = Adapters::new(others.map(|(path, a)| (path.to_owned(), a.clone())), []);
+            let found = slopes_at(group, passes, &examples, &(&others, beside));
+            for site in group {
+                let own = self.method.fish_mask.scored(site, found.get(&site.path))?;
+                if own.iter().flat_map(|one| &one.scores).any(|score| !score.is_finite()) {
+                    return Err(Error::place(&site.path, "the data brings NaN or infinity there"));
+                }
+                scored.extend(own);
             }
-            scored.extend(own);
+            rest = after;
         }
         self.chosen = Some(self.method.choose(&scored));
         Ok(())
