@@ -26,6 +26,7 @@ CASES = {
     "bitfit": dict(peft_type="BITFIT", target_modules=BIASES),
     "bitfit-small": dict(peft_type="BITFIT", target_modules=["query", "intermediate.dense"]),
     "fishmask": dict(peft_type="FISHMASK", target_modules=ENCODER, keep_ratio=0.05),
+    "fishdip": dict(peft_type="FISHDIP", target_modules=ENCODER, keep_ratio=0.05, top_examples=5),
     "childtuning-d": dict(peft_type="CHILDTUNING", target_modules=DENSE, keep_ratio=0.3, mode="ChildTuning-D"),
     "pafi": dict(peft_type="PAFI", target_modules=ENCODER, keep_ratio=0.05),
     "pafi-bare": dict(peft_type="PAFI", target_modules=ENCODER, keep_ratio=0.02, norms=False),
@@ -80,6 +81,15 @@ def slopes(model, chosen, examples):
             mean[name] += parameter.grad / len(examples)
             square[name] += parameter.grad**2 / len(examples)
     return mean, square
+
+
+def hardest(model, count):
+    """The single examples with the highest losses."""
+    with torch.no_grad():
+        losses = torch.stack([model(**example).loss for example in batches(1)])
+    order = losses.sort(descending=True)
+    assert order.values[count - 1] - order.values[count] > 1e-4, "the choice hangs on rounding"
+    return [batches(1)[at] for at in order.indices[:count]]
 
 
 def tuned(model, names, full_learning_rate, full_epochs):
@@ -150,8 +160,9 @@ def mask(model, case):
             elif int(ratio * p.numel()):
                 found |= highest({name: -p.detach().abs()}, int(ratio * p.numel()))
         return found
-    if kind in ["FISHMASK", "CHILDTUNING", "SAM"]:
-        mean, square = slopes(model, chosen, batches(1))
+    if kind in ["FISHMASK", "FISHDIP", "CHILDTUNING", "SAM"]:
+        examples = hardest(model, case["top_examples"]) if kind == "FISHDIP" else batches(1)
+        mean, square = slopes(model, chosen, examples)
         if kind != "SAM":
             return highest(square, count)
         fisher = case.get("hessian") == "fisher"

@@ -94,9 +94,16 @@ pub trait Adapter: Debug + Send + Sync {
         0
     }
 
-    /// `δ` of what an attention mixes, before its output layer: queries `q [batch, heads, seq, d]` with their
-    /// positions, and its own layers for keys and values → `[batch, seq, heads · d]`.
-    fn attention(&self, q: &Tensor<4>, key: &Linear, value: &Linear) -> Option<Tensor<3>> {
+    /// `δ` of what an attention mixes, before its output layer: what it reads, `x [batch, seq, hidden]`, queries
+    /// `q [batch, heads, seq, d]` with their positions, and its own layers for keys and values →
+    /// `[batch, seq, heads · d]`.
+    fn attention(
+        &self,
+        x: &Tensor<3>,
+        q: &Tensor<4>,
+        key: &Linear,
+        value: &Linear,
+    ) -> Option<Tensor<3>> {
         None
     }
 

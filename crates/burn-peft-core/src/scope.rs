@@ -1,6 +1,6 @@
 //! Where a forward pass is and what lies over it.
 
-use crate::{Adapter, Hidden, SeenTokens};
+use crate::{Adapter, Grid, Hidden, SeenTokens};
 use burn::module::Param;
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Embedding, LayerNorm, Linear, RmsNorm};
@@ -96,6 +96,7 @@ pub struct Scope<'a> {
     overlay: &'a dyn Overlay,
     path: String,
     tokens: Option<SeenTokens>,
+    grid: Option<Grid>,
 }
 
 impl std::fmt::Debug for Scope<'_> {
@@ -107,12 +108,12 @@ impl std::fmt::Debug for Scope<'_> {
 impl<'a> Scope<'a> {
     /// At the root of a model with `overlay` over it.
     pub fn new(overlay: &'a dyn Overlay) -> Self {
-        Self { overlay, path: String::new(), tokens: None }
+        Self { overlay, path: String::new(), tokens: None, grid: None }
     }
 
     /// The plain model.
     pub fn plain() -> Scope<'static> {
-        Scope { overlay: &(), path: String::new(), tokens: None }
+        Scope { overlay: &(), path: String::new(), tokens: None, grid: None }
     }
 
     /// One level down. Names are those of the Hugging Face checkpoint; `name` may hold dots.
@@ -123,13 +124,18 @@ impl<'a> Scope<'a> {
             path.push('.');
         }
         path.push_str(name);
-        Self { overlay: self.overlay, path, tokens: self.tokens.clone() }
+        Self { overlay: self.overlay, path, tokens: self.tokens.clone(), grid: self.grid }
     }
 
     /// The same place, in a pass that reads these tokens: what lies over hidden states and linear layers may ask
     /// which.
     pub fn reading(&self, tokens: SeenTokens) -> Self {
         Self { tokens: Some(tokens), ..self.clone() }
+    }
+
+    /// The same place, in a pass over an image whose patches lie so: what lies over hidden states may ask.
+    pub fn over(&self, grid: Grid) -> Self {
+        Self { grid: Some(grid), ..self.clone() }
     }
 
     /// The block `index` of the list `name`, such as `layer.3`.
@@ -208,6 +214,7 @@ impl<'a> Scope<'a> {
             return at.y;
         }
         at.tokens = self.tokens.clone();
+        at.grid = self.grid;
         let y0 = at.y.clone();
         sum(laid, &at, y0, |a, at, _| a.hidden(at))
     }
@@ -270,16 +277,22 @@ impl<'a> Scope<'a> {
             .then(|| Front { parts: parts.map(|part| Tensor::cat(part, 1)), scores })
     }
 
-    /// What an attention mixes, `y [batch, seq, heads · d]`, with what lies over it; see
-    /// [`Adapter::attention`].
+    /// What an attention that reads `x [batch, seq, hidden]` mixes, `y [batch, seq, heads · d]`, with what lies over
+    /// it; see [`Adapter::attention`].
     pub fn attention(
         &self,
+        x: &Tensor<3>,
         q: &Tensor<4>,
         key: &Linear,
         value: &Linear,
         y: Tensor<3>,
     ) -> Tensor<3> {
-        sum(self.laid(), q, y, |a, q, _| a.attention(q, key, value))
+        let laid = self.laid();
+        if laid.is_empty() {
+            return y;
+        }
+        let read = Read { x: x.clone(), q: q.clone() };
+        sum(laid, &read, y, |a, Read { x, q }, _| a.attention(x, q, key, value))
     }
 
     /// A layer norm with what lies over it, `[.., dim]`. `epsilon` is the one that `layer` was made with:
@@ -356,6 +369,18 @@ impl Input for States {
             x: self.x.rows(rows),
             tokens: self.tokens.as_ref().map(|tokens| tokens.select(rows)),
         }
+    }
+}
+
+/// What an attention reads, and its queries.
+struct Read {
+    x: Tensor<3>,
+    q: Tensor<4>,
+}
+
+impl Input for Read {
+    fn rows(&self, rows: &Tensor<1, Int>) -> Self {
+        Self { x: self.x.rows(rows), q: self.q.rows(rows) }
     }
 }
 

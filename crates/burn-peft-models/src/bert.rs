@@ -201,7 +201,7 @@ impl BertLayer {
             None => (k, v, mask),
         };
         let mixed = attention(q.clone(), k, v, mask);
-        let mixed = at.attention(&q, &own.key, &own.value, mixed);
+        let mixed = at.attention(&x, &q, &own.key, &own.value, mixed);
         let h = self.attention.output.forward(mixed, x.clone(), &cx.at("attention.output"));
         let wide = cx.at("intermediate.dense").linear(&self.intermediate.dense, h.clone());
         let y = self.output.forward(self.activation.apply(wide), h, &cx.at("output"));

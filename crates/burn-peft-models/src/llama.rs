@@ -269,7 +269,7 @@ impl LlamaLayer {
             None => (k, v, mask),
         };
         let mixed = attention(q.clone(), k, v, mask);
-        let mixed = at.attention(&q, &own.k_proj, &own.v_proj, mixed);
+        let mixed = at.attention(&norm, &q, &own.k_proj, &own.v_proj, mixed);
         let y = at.at("o_proj").linear(&own.o_proj, mixed);
         let h = x.clone() + at.hidden(Hidden::sublayer(&x, y));
 

@@ -6,7 +6,7 @@ use burn::module::{Module, Param};
 use burn::nn::conv::{Conv2d, Conv2dConfig};
 use burn::nn::{Initializer, LayerNorm, LayerNormConfig, Linear};
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_peft_core::{Error, Hidden, HiddenPlace, Scope};
+use burn_peft_core::{Error, Grid, Hidden, HiddenPlace, Scope};
 use burn_peft_kernels::attention;
 
 /// The sizes by which they differ.
@@ -94,6 +94,13 @@ impl ViTEmbeddings {
         self.cls_token.device()
     }
 
+    /// Where the patches of `pixels [batch, channels, height, width]` lie.
+    pub(crate) fn grid(&self, pixels: &Tensor<4>) -> Grid {
+        let [_, _, height, width] = pixels.dims();
+        let [_, _, high, wide] = self.patch_embeddings.projection.weight.dims();
+        Grid { first: 1, rows: height / high, columns: width / wide }
+    }
+
     /// `pixels [batch, channels, height, width]`.
     pub(crate) fn forward(&self, pixels: Tensor<4>, cx: &Scope<'_>) -> Tensor<3> {
         let at = cx.at("patch_embeddings.projection");
@@ -175,6 +182,6 @@ impl ViTSelfAttention {
             None => (k, v, None),
         };
         let mixed = attention(q.clone(), k, v, mask);
-        cx.attention(&q, &self.key, &self.value, mixed)
+        cx.attention(&x, &q, &self.key, &self.value, mixed)
     }
 }

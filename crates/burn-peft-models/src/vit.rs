@@ -187,6 +187,7 @@ impl ViTModel {
     /// Hidden states of the last block after their norm, `[batch, 1 + patches, hidden]`, the class token's first.
     pub fn forward(&self, images: &Images, cx: &Scope<'_>) -> Tensor<3> {
         let pixels = images.tensor(&self.embeddings.device());
+        let cx = &cx.over(self.embeddings.grid(&pixels));
         let mut x = self.embeddings.forward(pixels, &cx.at("embeddings"));
         let at = cx.at("encoder");
         for (index, layer) in self.encoder.layer.iter().enumerate() {

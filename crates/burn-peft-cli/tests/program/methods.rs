@@ -73,8 +73,10 @@ fn fitting(method: &str) -> &'static str {
         "BOTTLENECK" | "SPARSE_ADAPTER" => "--method-option reduction_factor=4",
         "C3A" => "--method-option block_size=16",
         "COMPACTER" => "--method-option reduction_factor=4 --method-option phm_init_range=0.1",
+        "FISHDIP" => "--method-option keep_ratio=0.05 --method-option update_steps=4",
         "FOURIERFT" => "--method-option n_frequency=60",
         "MISS" => "--method-option r=8",
+        "MULTI_HEAD_ADAPTER" => "--method-option r=8 --method-option num_heads=4",
         "NOLA" => "--method-option ka=16 --method-option kb=16",
         "PASTA" => "--method-option special_tokens=[1,2]",
         "RANDLORA" => "--method-option r=4 --method-option randlora_alpha=8",
@@ -118,8 +120,15 @@ const NOT_MERGED: &[&str] = &[
 ];
 
 /// Methods that have but one place to go, and are refused names of layers.
-const ONE_PLACE: &[&str] =
-    &["ADAPTION_PROMPT", "DEPT", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "XPROMPT"];
+const ONE_PLACE: &[&str] = &[
+    "ADAPTION_PROMPT",
+    "DEPT",
+    "MULTI_HEAD_ADAPTER",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "XPROMPT",
+];
 
 #[test]
 fn every_method_trains_and_is_merged() {

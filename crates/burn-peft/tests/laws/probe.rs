@@ -8,8 +8,8 @@ use burn::nn::{
 use burn::tensor::activation::{relu, softmax};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft::core::{
-    Counted, Front, HIDDEN, Hidden, HiddenPlace, Kind, Method, Names, Passes, Scope, SeenTokens,
-    Sites, Targets, Trained,
+    Counted, Front, Grid, HIDDEN, Hidden, HiddenPlace, Kind, Method, Names, Passes, Scope,
+    SeenTokens, Sites, Targets, Trained,
 };
 
 const VOCAB: usize = 11;
@@ -74,8 +74,8 @@ impl MixerAttention {
             (k, v) = (Tensor::cat(vec![keys, k], 1), Tensor::cat(vec![values, v], 1));
             scores = [own, scores].concat();
         }
-        let q = heads(x);
-        cx.attention(&q, &self.key, &self.value, mixed(&q, k, v, scores))
+        let q = heads(x.clone());
+        cx.attention(&x, &q, &self.key, &self.value, mixed(&q, k, v, scores))
     }
 }
 
@@ -137,6 +137,8 @@ impl Probe {
             before: None,
             scores: Some(scores),
         });
+        // The words as a picture: the first alone, the others in two rows.
+        let cx = &cx.over(Grid { first: all - SEQ + 1, rows: 2, columns: 2 });
         let y = relu(cx.at("query").linear(&self.query, x.clone()));
         let at = cx.at("block");
         let y = at.hidden(Hidden::sublayer(&x, y).before(&self.block.norm));
