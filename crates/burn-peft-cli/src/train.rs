@@ -467,6 +467,7 @@ fn finish<B: Objective + Pretrained>(setup: &Setup, prepared: Prepared<B>) -> Re
         beside.push((LABELS, json_bytes(LABELS, labels)?));
     }
     let (tokens, padded) = fitted.tokens;
+    let padding = 1.0 - tokens as f64 / padded.max(1) as f64;
     let summary_json = json!({
         "trainable_parameters": summary.trainable,
         "total_parameters": summary.total,
@@ -477,13 +478,14 @@ fn finish<B: Objective + Pretrained>(setup: &Setup, prepared: Prepared<B>) -> Re
         "steps": fitted.steps,
         "best_step": fitted.best,
         "epochs": setup.options.num_train_epochs,
-        "padding": 1.0 - tokens as f64 / padded.max(1) as f64,
+        "padding": padding,
     });
     beside.push((SUMMARY, json_bytes(SUMMARY, &summary_json)?));
     save(&fitted.adapters, &beside)?;
     // The adapter is whole and in its place: the checkpoint has done its work.
     Checkpoint::of(out).remove();
     let mut text = format!("{} steps in {:.1} s", fitted.steps, fitted.seconds);
+    text += &format!("; {:.1} % of the tokens were padding", 100.0 * padding);
     if let Some(after) = &after {
         text += &format!(
             "; test accuracy {:.4}, loss {:.4}",
