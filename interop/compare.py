@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import re
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -196,7 +197,7 @@ def main(job):
             model.base_model.update_and_allocate(index + 1)
         optimizer.zero_grad()
         if len(window) == 10 or index + 1 == count:
-            print(f"step {index + 1}: loss {sum(window) / len(window):.6f}", flush=True)
+            print(f"step {index + 1}: loss {sum(window) / len(window):.4f}", file=sys.stderr)
             window.clear()
     seconds = time.perf_counter() - began
     memory = peak_memory()
