@@ -1,7 +1,7 @@
 //! An adapter of whatever method behind one type: what is written for it is compiled once, and not once
 //! a method.
 
-use crate::{Adapter, Adapters, Guide, Hidden, Policy};
+use crate::{Adapter, Adapters, Guide, Hidden, Policy, SeenTokens};
 use burn::module::{
     Content, Devices, Flag, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper,
     ModuleVisitor, Param,
@@ -350,12 +350,12 @@ impl Adapter for AnyAdapter {
         self.0.positional(positions)
     }
 
-    fn prompt(&self, x: &Tensor<3>) -> Option<Tensor<3>> {
-        self.0.prompt(x)
+    fn prompt(&self, x: &Tensor<3>, tokens: Option<&SeenTokens>) -> Option<Tensor<3>> {
+        self.0.prompt(x, tokens)
     }
 
-    fn prefix(&self, x: &Tensor<3>) -> Option<[Tensor<3>; 2]> {
-        self.0.prefix(x)
+    fn prefix(&self, x: &Tensor<3>, tokens: Option<&SeenTokens>) -> Option<[Tensor<3>; 2]> {
+        self.0.prefix(x, tokens)
     }
 
     fn virtual_tokens(&self) -> usize {
