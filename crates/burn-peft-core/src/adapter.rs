@@ -77,15 +77,16 @@ pub trait Adapter: Debug + Send + Sync {
     }
 
     /// Virtual tokens in front of the embedded ones `x [batch, seq, dim]`: `[1, n, dim]` for every row, or
-    /// `[batch, n, dim]`.
-    fn prompt(&self, x: &Tensor<3>) -> Option<Tensor<3>> {
+    /// `[batch, n, dim]`. `tokens` says which of `x` are padding, where the model reads tokens.
+    fn prompt(&self, x: &Tensor<3>, tokens: Option<&SeenTokens>) -> Option<Tensor<3>> {
         None
     }
 
     /// Keys and values in front of those of an attention that reads `x [batch, seq, hidden]`: each
     /// `[1, n, width]` for every row, or `[batch, n, width]`, laid out as the attention's own projection
-    /// gives them, before heads are split.
-    fn prefix(&self, x: &Tensor<3>) -> Option<[Tensor<3>; 2]> {
+    /// gives them, before heads are split. `tokens` are as in [`Adapter::prompt`]; virtual ones among `x` are
+    /// none of the sequence's own.
+    fn prefix(&self, x: &Tensor<3>, tokens: Option<&SeenTokens>) -> Option<[Tensor<3>; 2]> {
         None
     }
 

@@ -231,38 +231,21 @@ impl<'a> Scope<'a> {
         sum(laid, &positions(), x, |a, positions, _| a.positional(positions))
     }
 
-    /// What stands in front of the embedded tokens `x [batch, seq, dim]`: `[batch, n, dim]`.
-    pub fn prompt(&self, x: &Tensor<3>) -> Option<Front<1>> {
-        self.front(x, |adapter| adapter.prompt(x).map(|tokens| [tokens]))
+    /// What stands in front of the embedded tokens `x [batch, seq, dim]`: `[batch, n, dim]`. Which tokens these
+    /// are is asked when something does.
+    pub fn prompt(&self, x: &Tensor<3>, tokens: impl FnOnce() -> SeenTokens) -> Option<Front<1>> {
+        let laid = self.laid();
+        if laid.is_empty() {
+            return None;
+        }
+        let tokens = tokens();
+        front(laid, x, |adapter| adapter.prompt(x, Some(&tokens)).map(|prompt| [prompt]))
     }
 
     /// What stands in front of the keys and values of an attention that reads `x [batch, seq, hidden]`:
     /// each `[batch, n, width]`.
     pub fn prefix(&self, x: &Tensor<3>) -> Option<Front<2>> {
-        self.front(x, |adapter| adapter.prefix(x))
-    }
-
-    fn front<const N: usize>(
-        &self,
-        x: &Tensor<3>,
-        of: impl Fn(&dyn Adapter) -> Option<[Tensor<3>; N]>,
-    ) -> Option<Front<N>> {
-        let [batch, _, _] = x.dims();
-        let mut parts: [Vec<Tensor<3>>; N] = std::array::from_fn(|_| Vec::new());
-        let mut scores = Vec::new();
-        for Laid { adapter, strength } in self.laid() {
-            let Some(found) = of(adapter) else { continue };
-            // Rows of their own have no meaning here, and `Bank::rows` refuses them.
-            let weight = if let Strength::Scale(w) = strength { w } else { 1.0 };
-            let [_, n, _] = found[0].dims();
-            scores.extend(std::iter::repeat_n((weight.ln() as f32).max(HIDDEN), n));
-            for (part, tensor) in parts.iter_mut().zip(found) {
-                let [_, n, width] = tensor.dims();
-                part.push(tensor.expand([batch, n, width]).cast(x.dtype()));
-            }
-        }
-        (!scores.is_empty())
-            .then(|| Front { parts: parts.map(|part| Tensor::cat(part, 1)), scores })
+        front(self.laid(), x, |adapter| adapter.prefix(x, self.tokens.as_ref()))
     }
 
     /// What an attention mixes, `y [batch, seq, heads · d]`, with what lies over it; see
@@ -320,6 +303,29 @@ impl<'a> Scope<'a> {
 
 fn frozen<const D: usize>(layer: &Linear, x: Tensor<D>) -> Tensor<D> {
     kernels::linear(x, layer.weight.val(), layer.bias.as_ref().map(Param::val))
+}
+
+/// What adapters set in front of `x [batch, seq, width]`, one after the other.
+fn front<const N: usize>(
+    laid: Vec<Laid<'_>>,
+    x: &Tensor<3>,
+    of: impl Fn(&dyn Adapter) -> Option<[Tensor<3>; N]>,
+) -> Option<Front<N>> {
+    let [batch, _, _] = x.dims();
+    let mut parts: [Vec<Tensor<3>>; N] = std::array::from_fn(|_| Vec::new());
+    let mut scores = Vec::new();
+    for Laid { adapter, strength } in laid {
+        let Some(found) = of(adapter) else { continue };
+        // Rows of their own have no meaning here, and `Bank::rows` refuses them.
+        let weight = if let Strength::Scale(w) = strength { w } else { 1.0 };
+        let [_, n, _] = found[0].dims();
+        scores.extend(std::iter::repeat_n((weight.ln() as f32).max(HIDDEN), n));
+        for (part, tensor) in parts.iter_mut().zip(found) {
+            let [_, n, width] = tensor.dims();
+            part.push(tensor.expand([batch, n, width]).cast(x.dtype()));
+        }
+    }
+    (!scores.is_empty()).then(|| Front { parts: parts.map(|part| Tensor::cat(part, 1)), scores })
 }
 
 /// What enters a layer: it can be cut to some rows of the batch.

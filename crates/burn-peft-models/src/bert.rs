@@ -272,7 +272,9 @@ impl BertModel {
         let mut embedded = words.embedding(&parts.word_embeddings, ids(&tokens.ids));
         embedded = words.positional(embedded, || ids(&tokens.positions(0..0, 0, 0)));
         let mut front = Vec::new();
-        if let Some(Front { parts: [prompt], scores }) = words.prompt(&embedded) {
+        if let Some(Front { parts: [prompt], scores }) =
+            words.prompt(&embedded, || tokens.seen(0, &[], None, &device))
+        {
             embedded = Tensor::cat(vec![prompt, embedded], 1);
             front = scores;
         }

@@ -348,8 +348,8 @@ impl LlamaModel {
             _ => vec![Vec::new(); tokens.batch],
         };
         let mut n = 0;
-        if let Some(front) = if past == 0 { words.prompt(&x) } else { None } {
-            let Front { parts: [prompt], scores: own } = front;
+        let front = || words.prompt(&x, || tokens.seen(0, &[], None, &device));
+        if let Some(Front { parts: [prompt], scores: own }) = (past == 0).then(front).flatten() {
             x = Tensor::cat(vec![prompt, x], 1);
             n = own.len();
             scores.fill(own);

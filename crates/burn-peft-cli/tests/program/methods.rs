@@ -118,8 +118,17 @@ const NOT_MERGED: &[&str] = &[
 ];
 
 /// Methods that have but one place to go, and are refused names of layers.
-const ONE_PLACE: &[&str] =
-    &["ADAPTION_PROMPT", "DEPT", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "XPROMPT"];
+const ONE_PLACE: &[&str] = &[
+    "ADAPTION_PROMPT",
+    "APT",
+    "DEPT",
+    "IDPG",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "SMOP",
+    "XPROMPT",
+];
 
 #[test]
 fn every_method_trains_and_is_merged() {

@@ -111,11 +111,18 @@ impl Probe {
             let columns = Tensor::arange(0..SEQ as i64, &ids.device()).unsqueeze::<2>();
             columns.expand(ids.dims())
         });
-        if let Some(Front { parts: [prompt], scores }) = words.prompt(&x) {
-            (x, front) = (Tensor::cat(vec![prompt, x], 1), scores);
-        }
         // The last rows end in padding; virtual tokens are none of the sequence's own.
         let kept = ids.clone().ones_like().slice_fill([2..4, SEQ - 1..SEQ], 0);
+        let own = || SeenTokens {
+            ids: ids.clone(),
+            kept: kept.clone(),
+            past: 0,
+            before: None,
+            scores: None,
+        };
+        if let Some(Front { parts: [prompt], scores }) = words.prompt(&x, own) {
+            (x, front) = (Tensor::cat(vec![prompt, x], 1), scores);
+        }
         let virtual_tokens =
             |value: i64| Tensor::<2, Int>::full([ids.dims()[0], front.len()], value, &ids.device());
         let (seen, kept) = match front.is_empty() {
