@@ -90,7 +90,21 @@ pub trait Adapter: Debug + Send + Sync {
         None
     }
 
-    /// How many tokens, or keys and values, [`Adapter::prompt`] or [`Adapter::prefix`] set in front.
+    /// Virtual tokens in front of `x [batch, seq, hidden]`, which the block number `block` of the model is about to
+    /// read: `[1, n, hidden]` for every row, or `[batch, n, hidden]`. `held` is what the block before gave on for those
+    /// that stood in front of it; without an answer none do from here on. `tokens` are as in [`Adapter::prompt`].
+    fn carried(
+        &self,
+        block: usize,
+        x: &Tensor<3>,
+        held: Option<&Tensor<3>>,
+        tokens: Option<&SeenTokens>,
+    ) -> Option<Tensor<3>> {
+        None
+    }
+
+    /// How many tokens, or keys and values, [`Adapter::prompt`], [`Adapter::prefix`] or [`Adapter::carried`] set in
+    /// front.
     fn virtual_tokens(&self) -> usize {
         0
     }

@@ -372,6 +372,16 @@ impl Adapter for AnyAdapter {
         self.0.prefix(x, tokens)
     }
 
+    fn carried(
+        &self,
+        block: usize,
+        x: &Tensor<3>,
+        held: Option<&Tensor<3>>,
+        tokens: Option<&SeenTokens>,
+    ) -> Option<Tensor<3>> {
+        self.0.carried(block, x, held, tokens)
+    }
+
     fn virtual_tokens(&self) -> usize {
         self.0.virtual_tokens()
     }
