@@ -123,10 +123,13 @@ const ONE_PLACE: &[&str] = &[
     "APT",
     "DEPT",
     "IDPG",
+    "LPT",
     "P_TUNING",
+    "PREFIX_PROPAGATION",
     "PREFIX_TUNING",
     "PROMPT_TUNING",
     "SMOP",
+    "VPT",
     "XPROMPT",
 ];
 

@@ -23,6 +23,12 @@ pub(crate) struct Block {
     place: HiddenPlace,
 }
 
+/// The one block of a list of them: what lies between the words and the convolutions.
+#[derive(Module, Debug)]
+struct Step {
+    place: HiddenPlace,
+}
+
 /// Words, two linear layers, a place for hidden states, an attention, both convolutions, a norm and a head. Widths of linear layers are multiples
 /// of 4, for methods that cut them into blocks.
 #[derive(Module, Debug)]
@@ -31,6 +37,7 @@ pub(crate) struct Probe {
     query: Linear,
     block: Block,
     mixer: MixerAttention,
+    stack: Vec<Step>,
     conv: Conv1d,
     image: Conv2d,
     norm: LayerNorm,
@@ -94,6 +101,7 @@ impl Probe {
                 key: LinearConfig::new(WIDTH, WIDTH).init(device),
                 value: LinearConfig::new(WIDTH, WIDTH).init(device),
             },
+            stack: vec![Step { place: HiddenPlace::new(WIDTH) }],
             conv: conv.init(device),
             image: Conv2dConfig::new([1, 4], [2, 2]).with_stride([1, 2]).init(device),
             norm: LayerNormConfig::new(12).init(device),
@@ -132,23 +140,20 @@ impl Probe {
                 Tensor::cat(vec![virtual_tokens(0), kept], 1),
             ),
         };
-        // Padding is hidden, and what comes later.
-        let [batch, all] = kept.dims();
-        let later = Tensor::<2>::full([all, all], HIDDEN, &ids.device()).triu(1);
-        let padding = (kept.clone().float() - 1.0) * -HIDDEN;
-        let scores = padding.reshape([batch, 1, 1, all]) + later.reshape([1, 1, all, all]);
-        let cx = &cx.reading(SeenTokens {
-            ids: seen,
-            kept,
-            past: 0,
-            before: None,
-            scores: Some(scores),
-        });
+        let scores = Some(seen_scores(&kept, 0));
+        let mut cx =
+            cx.reading(SeenTokens { ids: seen, kept: kept.clone(), past: 0, before: None, scores });
+        let mut carried = cx.at("stack").carried();
+        if let Some(Front { parts: [tokens], scores }) = carried.before(0, &x) {
+            cx = cx.behind(scores.len(), Some(seen_scores(&kept, scores.len())));
+            (x, front) = (Tensor::cat(vec![tokens, x], 1), [scores, front].concat());
+        }
         let y = relu(cx.at("query").linear(&self.query, x.clone()));
-        let at = cx.at("block");
+        let (read, at) = (x.clone(), cx.at("block"));
         let y = at.hidden(Hidden::sublayer(&x, y).before(&self.block.norm));
         let x = at.at("norm").layer_norm(&self.block.norm, 1e-5, x + y);
         let x = x.clone() + self.mixer.forward(x, &front, &cx.at("mixer"));
+        let x = carried.after(cx.block("stack", 0).hidden(Hidden::block(read, x)));
         let x = cx.at("conv").conv1d(&self.conv, x.swap_dims(1, 2)); // [batch, 6, seq]
         let x = cx.at("image").conv2d(&self.image, x.swap_dims(1, 2).unsqueeze_dim(1));
         let x = cx.at("norm").layer_norm(&self.norm, 1e-5, flat(x));
@@ -169,6 +174,16 @@ impl Probe {
         let x = self.norm.forward(flat(x));
         self.head.forward(relu(self.mix.forward(x)))
     }
+}
+
+/// Padding is hidden, and what comes later; `n` tokens more stand in front.
+fn seen_scores(kept: &Tensor<2, Int>, n: usize) -> Tensor<4> {
+    let ([batch, own], device) = (kept.dims(), kept.device());
+    let all = n + own;
+    let later = Tensor::<2>::full([all, all], HIDDEN, &device).triu(1);
+    let kept = Tensor::cat(vec![Tensor::ones([batch, n], &device), kept.clone()], 1);
+    let padding = (kept.float() - 1.0) * -HIDDEN;
+    padding.reshape([batch, 1, 1, all]) + later.reshape([1, 1, all, all])
 }
 
 /// `[batch, 4, h, w]` → `[batch, h, 4 · w]`.

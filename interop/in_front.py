@@ -1,6 +1,6 @@
 """Writes ../fixtures/prompts: what stands in front of a sequence by the papers' formulas, over `transformers`' models.
 
-python interop/prompts.py        (with interop/requirements.txt installed)
+python interop/in_front.py        (with interop/requirements.txt installed)
 """
 
 import json
@@ -251,7 +251,7 @@ def nothing_in_front_is_the_model():
         assert torch.allclose(found, expected, atol=1e-4), (model, (found - expected).abs().max())
 
 
-if __name__ == "__main__":
+def write():
     nothing_in_front_is_the_model()
     shutil.rmtree(ROOT / "prompts", ignore_errors=True)
     for method in [idpg, smop, lpt_naive, lpt_pooling]:
@@ -262,3 +262,7 @@ if __name__ == "__main__":
     for method in [lpt_naive, prefix_propagation, vpt, vpt_shallow]:
         for model in ["vit", "dinov2"]:
             case(method, model)
+
+
+if __name__ == "__main__":
+    write()
