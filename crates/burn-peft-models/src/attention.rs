@@ -30,8 +30,8 @@ pub(crate) fn columns_behind(
     total: usize,
     device: &Device,
 ) -> Option<Tensor<4>> {
-    if mask.is_none() && scores.iter().all(|score| *score == 0.0) {
-        return None;
+    if scores.is_empty() || (mask.is_none() && scores.iter().all(|score| *score == 0.0)) {
+        return mask;
     }
     let mask = mask.unwrap_or_else(|| Tensor::zeros([1, 1, 1, total], device));
     let ([batch, _, rows, _], n) = (mask.dims(), scores.len());
