@@ -181,7 +181,10 @@ fn seen_scores(kept: &Tensor<2, Int>, n: usize) -> Tensor<4> {
     let ([batch, own], device) = (kept.dims(), kept.device());
     let all = n + own;
     let later = Tensor::<2>::full([all, all], HIDDEN, &device).triu(1);
-    let kept = Tensor::cat(vec![Tensor::ones([batch, n], &device), kept.clone()], 1);
+    let kept = match n {
+        0 => kept.clone(),
+        n => Tensor::cat(vec![Tensor::ones([batch, n], &device), kept.clone()], 1),
+    };
     let padding = (kept.float() - 1.0) * -HIDDEN;
     padding.reshape([batch, 1, 1, all]) + later.reshape([1, 1, all, all])
 }
