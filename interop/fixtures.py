@@ -17,6 +17,7 @@ from torch import nn
 import arrow
 import combine
 import data_inits
+import in_front
 import methods
 import selective
 import tiny
@@ -249,6 +250,7 @@ if __name__ == "__main__":
     convolutions()
     other_methods()
     prompts()
+    in_front.write()
     data_inits.write(ROOT, golden)
     combine.write(ROOT)
     arrow.write(ROOT)

@@ -364,12 +364,22 @@ impl Adapter for AnyAdapter {
         self.0.positional(positions)
     }
 
-    fn prompt(&self, x: &Tensor<3>) -> Option<Tensor<3>> {
-        self.0.prompt(x)
+    fn prompt(&self, x: &Tensor<3>, tokens: Option<&SeenTokens>) -> Option<Tensor<3>> {
+        self.0.prompt(x, tokens)
     }
 
-    fn prefix(&self, x: &Tensor<3>) -> Option<[Tensor<3>; 2]> {
-        self.0.prefix(x)
+    fn prefix(&self, x: &Tensor<3>, tokens: Option<&SeenTokens>) -> Option<[Tensor<3>; 2]> {
+        self.0.prefix(x, tokens)
+    }
+
+    fn carried(
+        &self,
+        block: usize,
+        x: &Tensor<3>,
+        held: Option<&Tensor<3>>,
+        tokens: Option<&SeenTokens>,
+    ) -> Option<Tensor<3>> {
+        self.0.carried(block, x, held, tokens)
     }
 
     fn virtual_tokens(&self) -> usize {

@@ -143,6 +143,16 @@ pub struct SeenTokens {
 }
 
 impl SeenTokens {
+    /// With `n` virtual tokens in front, which have no id and are none of the sequence's own.
+    pub(crate) fn behind(&self, n: usize, scores: Option<Tensor<4>>) -> Self {
+        let [batch, _] = self.ids.dims();
+        let front = |value: i64, own: &Tensor<2, Int>| {
+            let front = Tensor::<2, Int>::full([batch, n], value, &own.device());
+            Tensor::cat(vec![front, own.clone()], 1)
+        };
+        Self { ids: front(-1, &self.ids), kept: front(0, &self.kept), scores, ..self.clone() }
+    }
+
     pub(crate) fn select(&self, rows: &Tensor<1, Int>) -> Self {
         Self {
             ids: self.ids.clone().select(0, rows.clone()),

@@ -1,6 +1,6 @@
 //! Where a forward pass is and what lies over it.
 
-use crate::{Adapter, Grid, Hidden, SeenTokens};
+use crate::{Adapter, Carried, Grid, Hidden, SeenTokens};
 use burn::module::Param;
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Embedding, LayerNorm, Linear, RmsNorm};
@@ -243,38 +243,34 @@ impl<'a> Scope<'a> {
         sum(laid, &positions(), x, |a, positions, _| a.positional(positions))
     }
 
-    /// What stands in front of the embedded tokens `x [batch, seq, dim]`: `[batch, n, dim]`.
-    pub fn prompt(&self, x: &Tensor<3>) -> Option<Front<1>> {
-        self.front(x, |adapter| adapter.prompt(x).map(|tokens| [tokens]))
+    /// What stands in front of the embedded tokens `x [batch, seq, dim]`: `[batch, n, dim]`. Which tokens these
+    /// are is asked when something does.
+    pub fn prompt(&self, x: &Tensor<3>, tokens: impl FnOnce() -> SeenTokens) -> Option<Front<1>> {
+        let laid = self.laid();
+        if laid.is_empty() {
+            return None;
+        }
+        let tokens = tokens();
+        asked(laid, x, |adapter| adapter.prompt(x, Some(&tokens)).map(|prompt| [prompt]))
     }
 
     /// What stands in front of the keys and values of an attention that reads `x [batch, seq, hidden]`:
     /// each `[batch, n, width]`.
     pub fn prefix(&self, x: &Tensor<3>) -> Option<Front<2>> {
-        self.front(x, |adapter| adapter.prefix(x))
+        asked(self.laid(), x, |adapter| adapter.prefix(x, self.tokens.as_ref()))
     }
 
-    fn front<const N: usize>(
-        &self,
-        x: &Tensor<3>,
-        of: impl Fn(&dyn Adapter) -> Option<[Tensor<3>; N]>,
-    ) -> Option<Front<N>> {
-        let [batch, _, _] = x.dims();
-        let mut parts: [Vec<Tensor<3>>; N] = std::array::from_fn(|_| Vec::new());
-        let mut scores = Vec::new();
-        for Laid { adapter, strength } in self.laid() {
-            let Some(found) = of(adapter) else { continue };
-            // Rows of their own have no meaning here, and `Bank::rows` refuses them.
-            let weight = if let Strength::Scale(w) = strength { w } else { 1.0 };
-            let [_, n, _] = found[0].dims();
-            scores.extend(std::iter::repeat_n((weight.ln() as f32).max(HIDDEN), n));
-            for (part, tensor) in parts.iter_mut().zip(found) {
-                let [_, n, width] = tensor.dims();
-                part.push(tensor.expand([batch, n, width]).cast(x.dtype()));
-            }
-        }
-        (!scores.is_empty())
-            .then(|| Front { parts: parts.map(|part| Tensor::cat(part, 1)), scores })
+    /// What stands in front of the states that the blocks of the list at this path read.
+    pub fn carried(&self) -> Carried<'a> {
+        Carried::new(self.laid(), self.tokens.clone())
+    }
+
+    /// The same place, where `n` virtual tokens stand in front of what is read; `scores` are then the model's own of
+    /// each pair, as in [`SeenTokens`].
+    pub fn behind(&self, n: usize, scores: Option<Tensor<4>>) -> Self {
+        let tokens = self.tokens.as_ref().map(|tokens| tokens.behind(n, scores));
+        let grid = self.grid.map(|grid| Grid { first: grid.first + n, ..grid });
+        Self { tokens, grid, ..self.clone() }
     }
 
     /// What an attention that reads `x [batch, seq, hidden]` mixes, `y [batch, seq, heads · d]`, with what lies over
@@ -338,6 +334,44 @@ impl<'a> Scope<'a> {
 
 fn frozen<const D: usize>(layer: &Linear, x: Tensor<D>) -> Tensor<D> {
     kernels::linear(x, layer.weight.val(), layer.bias.as_ref().map(Param::val))
+}
+
+/// What is added to the scores of tokens in front that count as often as this strength says. Rows of their own have no
+/// meaning there, and `Bank::rows` refuses them.
+pub(crate) fn score(strength: &Strength<'_>) -> f32 {
+    match strength {
+        Strength::Scale(weight) => (weight.ln() as f32).max(HIDDEN),
+        Strength::Rows(_) => 0.0,
+    }
+}
+
+/// Parts one after the other, if there are any.
+pub(crate) fn front<const N: usize>(
+    parts: [Vec<Tensor<3>>; N],
+    scores: Vec<f32>,
+) -> Option<Front<N>> {
+    (!scores.is_empty()).then(|| Front { parts: parts.map(|part| Tensor::cat(part, 1)), scores })
+}
+
+/// What adapters set in front of `x [batch, seq, width]`, one after the other.
+fn asked<const N: usize>(
+    laid: Vec<Laid<'_>>,
+    x: &Tensor<3>,
+    of: impl Fn(&dyn Adapter) -> Option<[Tensor<3>; N]>,
+) -> Option<Front<N>> {
+    let [batch, _, _] = x.dims();
+    let mut parts: [Vec<Tensor<3>>; N] = std::array::from_fn(|_| Vec::new());
+    let mut scores = Vec::new();
+    for Laid { adapter, strength } in laid {
+        let Some(found) = of(adapter) else { continue };
+        let [_, n, _] = found[0].dims();
+        scores.extend(std::iter::repeat_n(score(&strength), n));
+        for (part, tensor) in parts.iter_mut().zip(found) {
+            let [_, n, width] = tensor.dims();
+            part.push(tensor.expand([batch, n, width]).cast(x.dtype()));
+        }
+    }
+    front(parts, scores)
 }
 
 /// What enters a layer: it can be cut to some rows of the batch.

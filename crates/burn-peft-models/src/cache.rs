@@ -11,6 +11,8 @@ pub struct KvCache {
     pub(crate) scores: Vec<Vec<f32>>,
     /// The id of each token held, a row of the batch.
     pub(crate) ids: Vec<Vec<i32>>,
+    /// What is added to the scores of virtual tokens that stand in front of a block alone, for each block.
+    pub(crate) carried: Vec<Vec<f32>>,
 }
 
 /// Of one block.

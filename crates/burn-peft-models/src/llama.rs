@@ -1,7 +1,7 @@
 //! The Llama family (arXiv 2302.13971), laid out as in `transformers`.
 
 use crate::Tokens;
-use crate::attention::{behind, causal_mask, score, split_heads};
+use crate::attention::{behind, causal_mask, columns_behind, rows_above, score, split_heads};
 use crate::cache::{Cached, KvCache};
 use crate::load::{Pretrained, linear, plausible, table};
 use burn::module::Module;
@@ -76,6 +76,9 @@ pub struct RopeScaling {
     pub original_max_position_embeddings: Option<f64>,
 }
 
+/// Cosines and sines.
+type Tables = (Tensor<4>, Tensor<4>);
+
 /// Rotary position embeddings (arXiv 2104.09864): frequencies `θ^(-2i/d)`, stretched as the
 /// configuration says.
 #[derive(Debug, Clone, PartialEq)]
@@ -136,12 +139,7 @@ impl Rope {
     }
 
     /// Cosines and sines for positions `[batch · seq]`: each `[batch, 1, seq, d]`, both halves alike.
-    fn tables(
-        &self,
-        positions: &[i32],
-        [batch, seq]: [usize; 2],
-        device: &Device,
-    ) -> (Tensor<4>, Tensor<4>) {
+    fn tables(&self, positions: &[i32], [batch, seq]: [usize; 2], device: &Device) -> Tables {
         let d = 2 * self.frequencies.len();
         let table = |f: fn(f64) -> f64| {
             let mut values = Vec::with_capacity(positions.len() * d);
@@ -152,6 +150,16 @@ impl Rope {
             Tensor::from_data(TensorData::new(values, [batch, 1, seq, d]), device)
         };
         (table(f64::cos), table(f64::sin))
+    }
+
+    /// With `n` positions below 0 before those of these tables: what stands in front of a block alone moves nobody.
+    fn before(&self, n: usize, tables: Tables) -> Tables {
+        let [batch, _, _, d] = tables.0.dims();
+        let positions: Vec<i32> = (-(n as i32)..0).collect();
+        let front = self.tables(&positions, [1, n], &tables.0.device());
+        let join =
+            |front: Tensor<4>, own| Tensor::cat(vec![front.expand([batch, 1, n, d]), own], 2);
+        (join(front.0, tables.0), join(front.1, tables.1))
     }
 }
 
@@ -246,7 +254,7 @@ impl LlamaLayer {
     fn forward(
         &self,
         x: Tensor<3>,
-        tables: &(Tensor<4>, Tensor<4>),
+        tables: &Tables,
         mask: Option<Tensor<4>>,
         cache: Option<(&mut KvCache, usize)>,
         cx: &Scope<'_>,
@@ -348,8 +356,8 @@ impl LlamaModel {
             _ => vec![Vec::new(); tokens.batch],
         };
         let mut n = 0;
-        if let Some(front) = if past == 0 { words.prompt(&x) } else { None } {
-            let Front { parts: [prompt], scores: own } = front;
+        let front = || words.prompt(&x, || tokens.seen(0, &[], None, &device));
+        if let Some(Front { parts: [prompt], scores: own }) = (past == 0).then(front).flatten() {
             x = Tensor::cat(vec![prompt, x], 1);
             n = own.len();
             scores.fill(own);
@@ -365,9 +373,28 @@ impl LlamaModel {
         let tables = self.rope.tables(&positions, [tokens.batch, rows], &device);
         let held = cache.as_ref().map_or(&[][..], |cache| cache.ids.as_slice());
         let cx = &cx.reading(tokens.seen(n, held, mask.clone(), &device));
+        let mut carried = cx.at("layers").carried();
         for (index, layer) in self.layers.iter().enumerate() {
+            let (mut at, mut mask, mut tables) =
+                (cx.block("layers", index), mask.clone(), tables.clone());
+            if past > 0 {
+                let held = cache.as_ref().and_then(|cache| cache.carried.get(index));
+                let (held, total) = (held.map_or(&[][..], Vec::as_slice), past + rows);
+                mask = columns_behind(held, mask, total, &device);
+            } else {
+                let mut front = Vec::new();
+                if let Some(Front { parts: [tokens], scores }) = carried.before(index, &x) {
+                    mask = rows_above(&scores, mask, rows, &device);
+                    at = at.behind(scores.len(), mask.clone());
+                    tables = self.rope.before(scores.len(), tables);
+                    (x, front) = (Tensor::cat(vec![tokens, x], 1), scores);
+                }
+                if let Some(cache) = &mut cache {
+                    cache.carried.push(front);
+                }
+            }
             let cache = cache.as_deref_mut().map(|cache| (cache, index));
-            x = layer.forward(x, &tables, mask.clone(), cache, &cx.block("layers", index));
+            x = carried.after(layer.forward(x, &tables, mask, cache, &at));
         }
         if let Some(cache) = cache {
             cache.scores = scores;

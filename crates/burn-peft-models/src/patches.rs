@@ -155,7 +155,7 @@ fn bicubic(from: usize, to: usize) -> Vec<f32> {
     weights
 }
 
-/// Queries, keys and values, none of which is hidden from another.
+/// Queries, keys and values, none of which is hidden from another unless something in front of them is.
 #[derive(Module, Debug)]
 pub(crate) struct ViTSelfAttention {
     query: Linear,
@@ -172,14 +172,19 @@ impl ViTSelfAttention {
     }
 
     /// What it mixes out of the normed stream `x [batch, seq, hidden]`.
-    pub(crate) fn forward(&self, x: Tensor<3>, cx: &Scope<'_>) -> Tensor<3> {
+    pub(crate) fn forward(
+        &self,
+        x: Tensor<3>,
+        mask: Option<Tensor<4>>,
+        cx: &Scope<'_>,
+    ) -> Tensor<3> {
         let q = cx.at("query").linear(&self.query, x.clone());
         let k = cx.at("key").linear(&self.key, x.clone());
         let v = cx.at("value").linear(&self.value, x.clone());
         let [q, k, v] = [q, k, v].map(|part| split_heads(part, self.heads)); // [b, n, s, d]
         let (k, v, mask) = match cx.prefix(&x) {
-            Some(prefix) => behind(&prefix, k, v, None),
-            None => (k, v, None),
+            Some(prefix) => behind(&prefix, k, v, mask),
+            None => (k, v, mask),
         };
         let mixed = attention(q.clone(), k, v, mask);
         cx.attention(&x, &q, &self.key, &self.value, mixed)

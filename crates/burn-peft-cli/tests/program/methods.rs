@@ -122,11 +122,17 @@ const NOT_MERGED: &[&str] = &[
 /// Methods that have but one place to go, and are refused names of layers.
 const ONE_PLACE: &[&str] = &[
     "ADAPTION_PROMPT",
+    "APT",
     "DEPT",
+    "IDPG",
+    "LPT",
     "MULTI_HEAD_ADAPTER",
     "P_TUNING",
+    "PREFIX_PROPAGATION",
     "PREFIX_TUNING",
     "PROMPT_TUNING",
+    "SMOP",
+    "VPT",
     "XPROMPT",
 ];
 
