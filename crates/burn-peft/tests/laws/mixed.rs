@@ -123,8 +123,8 @@ fn fish_dip_looks_back_while_it_trains_beside_another() {
     let sites = Sites::of(&model, Some(BertForSequenceClassification::OUTPUT));
     let run = run(&model);
     let targets = Targets::list(["query", "value"]);
-    let method =
-        FishDip { top_examples: 4, update_steps: 5, ..FishDip::new(0.02, targets.clone()) };
+    let mut method = FishDip::new(0.02, targets.clone());
+    (method.top_examples, method.update_steps) = (4, 5);
     let device = device();
     let sample = Sample::new(&model, &device, &run.train, 2);
     let method = survey(method, &sites, &sample).expect("fits");
