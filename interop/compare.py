@@ -183,6 +183,7 @@ def main(job):
     window = []
     began = time.perf_counter()
     for index, picked in enumerate(order.steps(lengths, size, seed, count)):
+        optimizer.zero_grad()  # before: a mask may have left gradients
         loss = model(**batch(picked)).loss
         window.append(loss.item())
         if not math.isfinite(window[-1]):
@@ -195,7 +196,6 @@ def main(job):
         scheduler.step()
         if hasattr(model.base_model, "update_and_allocate"):
             model.base_model.update_and_allocate(index + 1)
-        optimizer.zero_grad()
         if len(window) == 10 or index + 1 == count:
             print(f"step {index + 1}: loss {sum(window) / len(window):.4f}", file=sys.stderr)
             window.clear()
