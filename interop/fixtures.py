@@ -19,6 +19,7 @@ import combine
 import data_inits
 import methods
 import selective
+import seq2seq
 import tiny
 import vision
 
@@ -254,5 +255,6 @@ if __name__ == "__main__":
     arrow.write(ROOT)
     selective.write(ROOT)
     vision.write(ROOT, golden, write_adapter)
+    seq2seq.write(ROOT, golden, write_adapter)
     targets()
     lora_fa()

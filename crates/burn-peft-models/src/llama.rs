@@ -1,7 +1,7 @@
 //! The Llama family (arXiv 2302.13971), laid out as in `transformers`.
 
 use crate::Tokens;
-use crate::attention::{behind, causal_mask, score, split_heads};
+use crate::attention::{behind, causal_mask, split_heads};
 use crate::cache::{Cached, KvCache};
 use crate::load::{Pretrained, linear, plausible, table};
 use burn::module::Module;
@@ -343,20 +343,14 @@ impl LlamaModel {
         let mut x = words.embedding(&self.embed_tokens, ids);
         let read = past.saturating_sub(words.virtual_tokens()); // of the sequence's own
         x = words.positional(x, || tokens.tensor(&tokens.positions(0..0, read, 0), &device));
-        let mut scores = match &cache {
-            Some(cache) if past > 0 => cache.scores.clone(),
-            _ => vec![Vec::new(); tokens.batch],
-        };
-        let mut n = 0;
-        if let Some(front) = if past == 0 { words.prompt(&x) } else { None } {
-            let Front { parts: [prompt], scores: own } = front;
-            x = Tensor::cat(vec![prompt, x], 1);
-            n = own.len();
-            scores.fill(own);
+        let mut front = Vec::new();
+        if let Some(Front { parts: [prompt], scores }) =
+            if past == 0 { words.prompt(&x) } else { None }
+        {
+            (x, front) = (Tensor::cat(vec![prompt, x], 1), scores);
         }
-        for (row, mask) in scores.iter_mut().zip(tokens.mask.chunks(tokens.seq)) {
-            row.extend(mask.iter().map(|&kept| score(kept)));
-        }
+        let scores = KvCache::scores_with(cache.as_deref(), tokens, &front);
+        let n = front.len();
         let rows = n + tokens.seq;
         let mask = causal_mask(&scores, rows, tokens.segments.as_deref(), &device);
         let first = Self::prefix(cx);
@@ -370,12 +364,7 @@ impl LlamaModel {
             x = layer.forward(x, &tables, mask.clone(), cache, &cx.block("layers", index));
         }
         if let Some(cache) = cache {
-            cache.scores = scores;
-            cache.ids.resize(tokens.batch, Vec::new());
-            let read = tokens.behind(n, -1, &tokens.ids);
-            for (row, ids) in cache.ids.iter_mut().zip(read.chunks(rows)) {
-                row.extend(ids);
-            }
+            cache.hold(scores, &tokens.behind(n, -1, &tokens.ids));
         }
         let x = if n == 0 { x } else { x.narrow(1, n, tokens.seq) };
         cx.at("norm").rms_norm(&self.norm, x)
