@@ -181,7 +181,7 @@ fn a_prefix_is_seen_as_the_tokens_before_are() {
     let encoded = model.encode(&Tokens::row(&[9, 31, 4, 76]), &Scope::plain());
     let attention = |block: usize| format!("decoder.block.{block}.layer.0.SelfAttention");
     let parts = (0..2).flat_map(|block| ["k", "v"].map(|part| (block, part)));
-    let path = |(block, part)| format!("{}.{part}", attention(block));
+    let path = |(block, part): (usize, &str)| format!("{}.{part}", attention(block));
     let kept = Kept(parts.map(|part| (path(part), Layer::default())).collect());
     let ids = [0_u32, 40, 17, 9, 61];
     let whole = model.hidden(&Tokens::row(&ids), &encoded, &Scope::new(&kept), None);
