@@ -20,6 +20,7 @@ import data_inits
 import in_front
 import methods
 import selective
+import seq2seq
 import tiny
 import vision
 
@@ -256,5 +257,6 @@ if __name__ == "__main__":
     arrow.write(ROOT)
     selective.write(ROOT)
     vision.write(ROOT, golden, write_adapter)
+    seq2seq.write(ROOT, golden, write_adapter)
     targets()
     lora_fa()

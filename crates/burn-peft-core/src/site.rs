@@ -243,7 +243,7 @@ struct Found {
 }
 
 /// Names of an attention's layer for keys.
-const KEYS: &[&str] = &["key", "k_proj"];
+const KEYS: &[&str] = &["key", "k_proj", "k"];
 
 #[derive(Default)]
 struct Finder {

@@ -1,9 +1,10 @@
 //! The Llama family (arXiv 2302.13971), laid out as in `transformers`.
 
 use crate::Tokens;
-use crate::attention::{behind, causal_mask, columns_behind, rows_above, score, split_heads};
+use crate::attention::{behind, causal_mask, columns_behind, rows_above, split_heads};
 use crate::cache::{Cached, KvCache};
 use crate::load::{Pretrained, linear, plausible, table};
+use crate::output::Output;
 use burn::module::Module;
 use burn::nn::{Embedding, Linear, RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -351,20 +352,13 @@ impl LlamaModel {
         let mut x = words.embedding(&self.embed_tokens, ids);
         let read = past.saturating_sub(words.virtual_tokens()); // of the sequence's own
         x = words.positional(x, || tokens.tensor(&tokens.positions(0..0, read, 0), &device));
-        let mut scores = match &cache {
-            Some(cache) if past > 0 => cache.scores.clone(),
-            _ => vec![Vec::new(); tokens.batch],
-        };
-        let mut n = 0;
-        let front = || words.prompt(&x, || tokens.seen(0, &[], None, &device));
-        if let Some(Front { parts: [prompt], scores: own }) = (past == 0).then(front).flatten() {
-            x = Tensor::cat(vec![prompt, x], 1);
-            n = own.len();
-            scores.fill(own);
+        let mut front = Vec::new();
+        let prompt = || words.prompt(&x, || tokens.seen(0, &[], None, &device));
+        if let Some(Front { parts: [prompt], scores }) = (past == 0).then(prompt).flatten() {
+            (x, front) = (Tensor::cat(vec![prompt, x], 1), scores);
         }
-        for (row, mask) in scores.iter_mut().zip(tokens.mask.chunks(tokens.seq)) {
-            row.extend(mask.iter().map(|&kept| score(kept)));
-        }
+        let scores = KvCache::scores_with(cache.as_deref(), tokens, &front);
+        let n = front.len();
         let rows = n + tokens.seq;
         let mask = causal_mask(&scores, rows, tokens.segments.as_deref(), &device);
         let first = Self::prefix(cx);
@@ -397,12 +391,7 @@ impl LlamaModel {
             x = carried.after(layer.forward(x, &tables, mask, cache, &at));
         }
         if let Some(cache) = cache {
-            cache.scores = scores;
-            cache.ids.resize(tokens.batch, Vec::new());
-            let read = tokens.behind(n, -1, &tokens.ids);
-            for (row, ids) in cache.ids.iter_mut().zip(read.chunks(rows)) {
-                row.extend(ids);
-            }
+            cache.hold(scores, &tokens.behind(n, -1, &tokens.ids));
         }
         let x = if n == 0 { x } else { x.narrow(1, n, tokens.seq) };
         cx.at("norm").rms_norm(&self.norm, x)
@@ -455,15 +444,13 @@ impl LlamaForCausalLM {
         self.model.forward(tokens, &cx.at("model"), cache)
     }
 
+    fn output(&self) -> Output<'_> {
+        Output { head: self.lm_head.as_ref(), table: &self.model.embed_tokens }
+    }
+
     /// Logits of hidden states: `[batch, seq, hidden]` → `[batch, seq, vocab]`.
     pub fn logits(&self, hidden: Tensor<3>, cx: &Scope<'_>) -> Tensor<3> {
-        match &self.lm_head {
-            Some(head) => cx.at("lm_head").linear(head, hidden),
-            None => {
-                let table = self.model.embed_tokens.weight.val(); // [vocab, hidden]
-                burn_peft_kernels::linear(hidden, table.transpose(), None)
-            }
-        }
+        self.output().logits(hidden, cx)
     }
 
     /// Cross-entropy of the logits of hidden states `[n, hidden]` with a token each: the sum, and how many have it
@@ -474,20 +461,7 @@ impl LlamaForCausalLM {
         targets: Vec<i32>,
         cx: &Scope<'_>,
     ) -> (Tensor<1>, Tensor<1, Int>) {
-        let weight = match &self.lm_head {
-            None => Some(self.model.embed_tokens.weight.val().transpose()), // [hidden, vocab]
-            Some(head) if head.bias.is_none() && cx.at("lm_head").is_bare() => {
-                Some(head.weight.val())
-            }
-            Some(_) => None,
-        };
-        match weight {
-            Some(weight) => burn_peft_kernels::cross_entropy(hidden, weight, targets),
-            None => {
-                let logits = self.logits(hidden.unsqueeze_dim(0), cx).squeeze_dim(0); // [n, vocab]
-                burn_peft_kernels::composed::cross_entropy(logits, targets)
-            }
-        }
+        self.output().cross_entropy(hidden, targets, cx)
     }
 
     /// Logits `[batch, seq, vocab]`.

@@ -4,6 +4,7 @@
 mod bias_pruning;
 mod bitfit;
 mod child_tuning;
+mod cross_attention;
 mod diff_pruning;
 mod far;
 mod fish_dip;
@@ -22,6 +23,7 @@ mod threshold_mask;
 pub use bias_pruning::{BiasPruning, FirstOrder, Structure};
 pub use bitfit::{BitFit, BitFitAdapter};
 pub use child_tuning::{Child, ChildMode, ChildTuning};
+pub use cross_attention::{CrossAttention, CrossAttentionAdapter};
 pub use diff_pruning::{DiffPruning, DiffPruningAdapter};
 pub use far::{Far, Nodes};
 pub use fish_dip::{FishDip, FishDipAdapter, Picked, Pool};

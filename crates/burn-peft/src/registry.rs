@@ -123,6 +123,7 @@ methods![
     burn_peft_selective::BiasPruning,
     burn_peft_selective::BitFit,
     burn_peft_selective::ChildTuning,
+    burn_peft_selective::CrossAttention,
     burn_peft_selective::DiffPruning,
     burn_peft_selective::Far,
     burn_peft_selective::FishDip,

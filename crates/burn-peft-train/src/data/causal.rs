@@ -118,7 +118,7 @@ pub fn read_causal(
     Ok((items, report))
 }
 
-fn string<'o>(
+pub(super) fn string<'o>(
     path: &Path,
     line: usize,
     object: &'o Map<String, Value>,
