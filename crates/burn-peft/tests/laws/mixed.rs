@@ -126,8 +126,8 @@ fn fish_dip_looks_back_while_it_trains_beside_another() {
     let mut method = FishDip::new(0.02, targets.clone());
     (method.top_examples, method.update_steps) = (4, 5);
     let device = device();
-    let sample = Sample::new(&model, &device, &run.train, 2);
-    let method = survey(method, &sites, &sample).expect("fits");
+    let method = survey(method, &sites, &Sample::new(&model, &device, &run.train, 2));
+    let method = method.expect("fits");
     let lora = Lora::new(4, 8.0, targets);
     let parts = vec![part(&sites, &method), part(&sites, &lora)];
     let fresh: Vec<_> = parts.iter().map(|part| part.adapters.clone()).collect();
