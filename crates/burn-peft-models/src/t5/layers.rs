@@ -29,32 +29,17 @@ pub(crate) struct T5Attention {
     heads: usize,
 }
 
-/// `wo(act(wi(x)))`: 1.0.
+/// `wo(act(wi(x)))` in 1.0, `wo(act(wi_0(x)) · wi_1(x))` (arXiv 2002.05202) in 1.1: one struct, because Burn
+/// puts the name of an enum's variant into the path.
 #[derive(Module, Debug)]
-pub(crate) struct T5Plain {
-    wi: Linear,
+pub(crate) struct T5FeedForward {
+    wi: Option<Linear>,
+    wi_0: Option<Linear>,
+    wi_1: Option<Linear>,
     wo: Linear,
     place: HiddenPlace,
     #[module(skip)]
     activation: Activation,
-}
-
-/// `wo(act(wi_0(x)) · wi_1(x))` (arXiv 2002.05202): 1.1.
-#[derive(Module, Debug)]
-pub(crate) struct T5Gated {
-    wi_0: Linear,
-    wi_1: Linear,
-    wo: Linear,
-    place: HiddenPlace,
-    #[module(skip)]
-    activation: Activation,
-}
-
-/// Either of them.
-#[derive(Module, Debug)]
-pub(crate) enum T5FeedForward {
-    Plain(T5Plain),
-    Gated(T5Gated),
 }
 
 /// Attention to the sequence itself.
@@ -138,25 +123,27 @@ impl T5FeedForward {
     fn init(config: &T5Config, device: &Device) -> Result<Self, Error> {
         let (activation, gated) = config.feed_forward()?;
         let wide = || linear(config.d_model, config.d_ff, false, device);
-        let wo = linear(config.d_ff, config.d_model, false, device);
-        let place = HiddenPlace::new(config.d_model);
-        Ok(match gated {
-            false => Self::Plain(T5Plain { wi: wide(), wo, place, activation }),
-            true => Self::Gated(T5Gated { wi_0: wide(), wi_1: wide(), wo, place, activation }),
+        Ok(Self {
+            wi: (!gated).then(wide),
+            wi_0: gated.then(wide),
+            wi_1: gated.then(wide),
+            wo: linear(config.d_ff, config.d_model, false, device),
+            place: HiddenPlace::new(config.d_model),
+            activation,
         })
     }
 
     fn forward(&self, x: Tensor<3>, cx: &Scope<'_>) -> Tensor<3> {
-        match self {
-            Self::Plain(T5Plain { wi, wo, activation, .. }) => {
-                let wide = activation.apply(cx.at("wi").linear(wi, x));
-                cx.at("wo").linear(wo, wide)
-            }
-            Self::Gated(T5Gated { wi_0, wi_1, wo, activation, .. }) => {
-                let gate = activation.apply(cx.at("wi_0").linear(wi_0, x.clone()));
-                cx.at("wo").linear(wo, gate * cx.at("wi_1").linear(wi_1, x))
+        let mut wide = x.clone();
+        for (name, first) in [("wi", &self.wi), ("wi_0", &self.wi_0)] {
+            if let Some(first) = first {
+                wide = self.activation.apply(cx.at(name).linear(first, x.clone()));
             }
         }
+        if let Some(up) = &self.wi_1 {
+            wide = wide * cx.at("wi_1").linear(up, x);
+        }
+        cx.at("wo").linear(&self.wo, wide)
     }
 }
 
