@@ -3,7 +3,7 @@
 use crate::{close, fixture, floats, golden, ints, load, same_places, values};
 use burn::nn::Linear;
 use burn::tensor::Tensor;
-use burn_peft_core::{Adapter, Laid, Overlay, Scope, Strength, TensorFile};
+use burn_peft_core::{Adapter, Laid, Overlay, Scope, SeenTokens, Strength, TensorFile};
 use burn_peft_models::{
     KvCache, Sampling, T5ForConditionalGeneration, Tokens, generate_seq2seq, save_model,
 };
@@ -115,7 +115,7 @@ fn a_saved_t5_is_the_model() {
 struct Words(Tensor<3>);
 
 impl Adapter for Words {
-    fn prompt(&self, _x: &Tensor<3>) -> Option<Tensor<3>> {
+    fn prompt(&self, _x: &Tensor<3>, _tokens: Option<&SeenTokens>) -> Option<Tensor<3>> {
         Some(self.0.clone())
     }
 }
@@ -163,7 +163,7 @@ impl Adapter for Layer {
         None
     }
 
-    fn prefix(&self, _x: &Tensor<3>) -> Option<[Tensor<3>; 2]> {
+    fn prefix(&self, _x: &Tensor<3>, _tokens: Option<&SeenTokens>) -> Option<[Tensor<3>; 2]> {
         self.of.clone()
     }
 }
