@@ -60,7 +60,12 @@ fn one_training_serves_every_rank_and_each_is_plain_lora() {
                 "forward --model @models/bert --inputs @models/bert/golden.safetensors --output";
             desk.good(&format!("{forward} /a.safetensors --adapter /{name}"));
             desk.good(&format!("{forward} /b.safetensors --adapter /plain"));
-            assert_eq!(logits(&desk, "a.safetensors"), logits(&desk, "b.safetensors"));
+            // Plain LoRA is added up in its layer's output, DyLoRA beside it: they round apart, by some
+            // units in the last place of the largest number that is added.
+            let [a, b] = ["a", "b"].map(|name| logits(&desk, &format!("{name}.safetensors")));
+            let unit = f32::EPSILON * b.iter().fold(1.0_f32, |most, x| most.max(x.abs()));
+            let far = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(far <= 16.0 * unit, "{name} at rank {rank}: {far} apart");
         }
     }
 }
