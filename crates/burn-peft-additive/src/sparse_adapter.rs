@@ -335,7 +335,7 @@ impl Method for SparseAdapter {
             Self { pruning_seed: 5, ..snip },
             Self::new(0.75, Pruning::Magnitude, pfeiffer),
             Self::new(0.5, Pruning::Random, own),
-            Self::new(0.0, Pruning::Random, Bottleneck::parallel(4.0, targets.clone())),
+            Self::new(0.0, Pruning::Random, Bottleneck::parallel(2.0, targets.clone())),
         ]
     }
 

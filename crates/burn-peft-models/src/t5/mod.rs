@@ -137,6 +137,7 @@ impl T5ForConditionalGeneration {
         let relative = self.encoder.block.first().and_then(|block| {
             block.layer.0.relative(self.facts.distances[0], [rows, rows], &cx.block("block", 0))
         });
+        assert!(cx.at("block").is_bare(), "T5 sets nothing in front of its blocks: `check` says so");
         for (index, block) in self.encoder.block.iter().enumerate() {
             let (at, relative) = (cx.block("block", index), relative.as_ref());
             let read = x.clone();
@@ -168,6 +169,7 @@ impl T5ForConditionalGeneration {
         let relative = self.decoder.block.first().and_then(|block| {
             block.layer.0.relative(self.facts.distances[1], size, &cx.block("block", 0))
         });
+        assert!(cx.at("block").is_bare(), "T5 sets nothing in front of its blocks: `check` says so");
         for (index, block) in self.decoder.block.iter().enumerate() {
             let (at, relative) = (cx.block("block", index), relative.as_ref());
             let (read, own) = (x.clone(), cache.as_deref_mut().map(|cache| (cache, index)));
