@@ -17,8 +17,10 @@ from torch import nn
 import arrow
 import combine
 import data_inits
+import in_front
 import methods
 import selective
+import seq2seq
 import tiny
 import vision
 
@@ -249,10 +251,12 @@ if __name__ == "__main__":
     convolutions()
     other_methods()
     prompts()
+    in_front.write()
     data_inits.write(ROOT, golden)
     combine.write(ROOT)
     arrow.write(ROOT)
     selective.write(ROOT)
     vision.write(ROOT, golden, write_adapter)
+    seq2seq.write(ROOT, golden, write_adapter)
     targets()
     lora_fa()

@@ -121,7 +121,7 @@ def convpass(net, model, draw):
         tensors |= {f"{place.path}.{name}": tensor for name, tensor in [
             ("adapter_down.weight", down), ("adapter_down.bias", d), ("adapter_up.weight", up), ("adapter_up.bias", u),
             ("adapter_conv.weight", conv), ("adapter_conv.bias", b)]}
-    config = dict(peft_type="CONVPASS", r=r, non_linearity="gelu", scaling=s)
+    config = dict(peft_type="CONVPASS", r=r, non_linearity="gelu", scaling=s, image=False)
     return config, tensors, ["attention.output", "output"] if model == "bert" else ["self_attn", "mlp"]
 
 
@@ -142,7 +142,7 @@ def sparse_adapter(net, model, draw):
 
         place.add(difference)
         tensors |= {f"{place.path}.{name}": tensor for name, tensor in parts.items()}
-    config = BOTTLENECK | dict(peft_type="SPARSE_ADAPTER", sparsity=0.75, pruning="random", original_ln_before=True)
+    config = BOTTLENECK | dict(peft_type="SPARSE_ADAPTER", sparsity=0.75, pruning="random", pruning_seed=0, original_ln_before=True)
     return config, tensors, r".*layer\.\d+\.output" if model == "bert" else ["mlp"]
 
 
@@ -159,6 +159,32 @@ def adapter_drop(net, model, draw):
             ("adapter_down.weight", down), ("adapter_down.bias", d), ("adapter_up.weight", up), ("adapter_up.bias", u)]}
     config = BOTTLENECK | dict(peft_type="ADAPTER_DROP", is_parallel=True, drop_layers=1, robust=False, drop_seed=0)
     return config, tensors, ["attention.output", "output"] if model == "bert" else ["self_attn", "mlp"]
+
+
+def multi_head_adapter(net, model, draw):
+    heads, own, s = 4, 2, 0.5
+    d = HIDDEN // heads
+    tensors = {}
+    for layer in (0, 1):
+        if model == "bert":
+            block = net.bert.encoder.layer[layer].attention
+            path, query, out = f"bert.encoder.layer.{layer}.attention.self", block.self.query, block.output.dense
+        else:
+            block = net.model.layers[layer].self_attn
+            path, query, out = f"model.layers.{layer}.self_attn", block.q_proj, block.o_proj
+        down, up = [draw(own, HIDDEN) for _ in range(heads)], [draw(d, own) for _ in range(heads)]
+        before, after = [draw(own) for _ in range(heads)], [draw(d) for _ in range(heads)]
+        read = {}
+        query.register_forward_pre_hook(lambda _, args, read=read: read.update(x=args[0]))
+
+        def mixed(_module, args, read=read, down=down, up=up, before=before, after=after):
+            heads = zip(args[0].split(d, -1), down, before, up, after)
+            return torch.cat([y + s * linear(relu(linear(read["x"], D, b)), U, u) for y, D, b, U, u in heads], -1)
+
+        out.register_forward_pre_hook(mixed)
+        tensors |= {f"{path}.{name}": torch.cat(parts) for name, parts in [
+            ("adapter_down.weight", down), ("adapter_down.bias", before), ("adapter_up.weight", up), ("adapter_up.bias", after)]}
+    return dict(peft_type="MULTI_HEAD_ADAPTER", r=heads * own, num_heads=heads, non_linearity="relu", scaling=s), tensors, None
 
 
 def invertible(net, model, draw):
@@ -191,13 +217,13 @@ def case(method, model):
     folder.mkdir(parents=True)
     own = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
     save_file(own, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = config | {"target_modules": targets, "task_type": None, "inference_mode": True,
+    config = config | ({"target_modules": targets} if targets else {}) | {"task_type": None, "inference_mode": True,
                        "base_model_name_or_path": f"../../models/{model}"}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_file({"logits": logits.contiguous()}, folder / "golden.safetensors")
 
 
 if __name__ == "__main__":
-    for method in [tiny_attention, convpass, sparse_adapter, adapter_drop, invertible]:
+    for method in [tiny_attention, convpass, sparse_adapter, adapter_drop, multi_head_adapter, invertible]:
         for model in KINDS:
             case(method, model)

@@ -1,4 +1,5 @@
-"""Selective methods as a plain torch loop: full parameters, and a mask over their gradients. Written by fixtures.py.
+"""Selective methods as a plain torch loop: full parameters, and a mask over their gradients. Written by fixtures.py, and
+the reference of compare.py.
 
     python -W ignore selective.py        (writes ../fixtures/selective alone)
 
@@ -8,6 +9,7 @@ and the losses of five steps of AdamW under it.
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ CASES = {
     "bitfit": dict(peft_type="BITFIT", target_modules=BIASES),
     "bitfit-small": dict(peft_type="BITFIT", target_modules=["query", "intermediate.dense"]),
     "fishmask": dict(peft_type="FISHMASK", target_modules=ENCODER, keep_ratio=0.05),
+    "fishdip": dict(peft_type="FISHDIP", target_modules=ENCODER, keep_ratio=0.05, top_examples=5),
     "childtuning-d": dict(peft_type="CHILDTUNING", target_modules=DENSE, keep_ratio=0.3, mode="ChildTuning-D"),
     "pafi": dict(peft_type="PAFI", target_modules=ENCODER, keep_ratio=0.05),
     "pafi-bare": dict(peft_type="PAFI", target_modules=ENCODER, keep_ratio=0.02, norms=False),
@@ -57,16 +60,15 @@ def batches(size):
     return [{name: tensor[at : at + size] for name, tensor in inputs.items()} for at in range(0, 12, size)]
 
 
+def matches(place, targets):
+    if isinstance(targets, str):
+        return re.fullmatch(targets, place)
+    return any(place == name or place.endswith(f".{name}") for name in targets)
+
+
 def targeted(model, targets):
     """Parameters of the target places, by name, in the model's order."""
-    import re
-
-    def matches(place):
-        if isinstance(targets, str):
-            return re.fullmatch(targets, place)
-        return any(place == name or place.endswith(f".{name}") for name in targets)
-
-    return {name: p for name, p in model.named_parameters() if matches(name.rpartition(".")[0])}
+    return {name: p for name, p in model.named_parameters() if matches(name.rpartition(".")[0], targets)}
 
 
 def slopes(model, chosen, examples):
@@ -82,13 +84,22 @@ def slopes(model, chosen, examples):
     return mean, square
 
 
-def tuned(model, names, full_learning_rate, full_epochs):
-    """How far a full fine-tuning takes each number, and the mean gradients on the way."""
+def hardest(model, examples, count):
+    """The examples with the highest losses."""
+    with torch.no_grad():
+        losses = torch.stack([model(**example).loss for example in examples])
+    order = losses.sort(descending=True)
+    assert order.values[count - 1] - order.values[count] > 1e-4, "the choice hangs on rounding"
+    return [examples[at] for at in order.indices[:count]]
+
+
+def tuned(model, names, saved, examples, full_learning_rate):
+    """How far a full fine-tuning takes each number, and the mean gradients on the way; `saved` places learn along."""
     model = copy.deepcopy(model)
     chosen = {name: p for name, p in model.named_parameters() if name in names}
     before = {name: p.detach().clone() for name, p in chosen.items()}
-    optimizer = torch.optim.AdamW(chosen.values(), lr=full_learning_rate, weight_decay=0.0)
-    examples = batches(4) * full_epochs
+    trained = [*chosen.values(), *targeted(model, saved).values()]
+    optimizer = torch.optim.AdamW(trained, lr=full_learning_rate, weight_decay=0.0)
     mean = {name: torch.zeros_like(p) for name, p in chosen.items()}
     for step, example in enumerate(examples):
         optimizer.param_groups[0]["lr"] = full_learning_rate * (1 - step / len(examples))
@@ -100,13 +111,13 @@ def tuned(model, names, full_learning_rate, full_epochs):
     return {name: (p - before[name]).detach() for name, p in chosen.items()}, mean
 
 
-def highest(scores, count):
-    """The numbers with the highest scores of all; the choice must not hang on rounding."""
+def highest(scores, count, apart):
+    """The numbers with the highest scores of all, which must be this far from the others."""
     flat = torch.cat([score.flatten() for score in scores.values()])
     ordered = flat.sort(descending=True).values
     if count < len(ordered):
         gap = (ordered[count - 1] - ordered[count]) / ordered[count - 1].abs()
-        assert gap > 5e-6, f"the choice hangs on {gap:.1e}"
+        assert gap >= apart, f"the choice hangs on {gap:.1e}"
     return {name: score.flatten() >= ordered[count - 1] for name, score in scores.items()}
 
 
@@ -134,7 +145,8 @@ def nodes(scores):
                 yield [(name, slice(row * width, (row + 1) * width)), (bias, slice(row, row + 1))]
 
 
-def mask(model, case):
+def mask(model, case, examples, batches, saved=(), apart=0.0):
+    """Which numbers of which parameter: by examples one at a time, or by a full fine-tuning over batches."""
     kind, ratio = case["peft_type"], case.get("keep_ratio")
     chosen = targeted(model, case["target_modules"])
     biases = kind in ["BITFIT", "USBITFIT"]
@@ -148,24 +160,27 @@ def mask(model, case):
             if case.get("norms", True) and "LayerNorm" in name:
                 found[name] = torch.ones(p.numel(), dtype=torch.bool)
             elif int(ratio * p.numel()):
-                found |= highest({name: -p.detach().abs()}, int(ratio * p.numel()))
+                found |= highest({name: -p.detach().abs()}, int(ratio * p.numel()), apart)
         return found
-    if kind in ["FISHMASK", "CHILDTUNING", "SAM"]:
-        mean, square = slopes(model, chosen, batches(1))
+    if kind in ["FISHMASK", "FISHDIP", "CHILDTUNING", "SAM"]:
+        if kind == "FISHDIP":
+            examples = hardest(model, examples, case["top_examples"])
+        mean, square = slopes(model, chosen, examples)
         if kind != "SAM":
-            return highest(square, count)
+            return highest(square, count, apart)
         fisher = case.get("hessian") == "fisher"
-        return highest({n: g**2 / square[n] if fisher else g**2 for n, g in mean.items()}, count)
-    change, mean = tuned(model, set(chosen), case["full_learning_rate"], case["full_epochs"])
+        return highest({n: g**2 / square[n] if fisher else g**2 for n, g in mean.items()}, count, apart)
+    batches = batches * case.get("full_epochs", 1)
+    change, mean = tuned(model, set(chosen), saved, batches, case["full_learning_rate"])
     if kind == "LTSFT":
-        return highest({name: c.abs() for name, c in change.items()}, count)
+        return highest({name: c.abs() for name, c in change.items()}, count, apart)
     if kind == "FAR":
         far = {name: c.abs() for name, c in change.items()}
         return whole(far, list(nodes(far)), count)
     lost = {name: (c * mean[name]).abs() for name, c in change.items()}
     if case.get("structure") == "structured":
         return whole(lost, [[(name, slice(None))] for name in lost], count)
-    return highest(lost, count)
+    return highest(lost, count, apart)
 
 
 def losses(model, mask):
@@ -190,7 +205,7 @@ def write(root):
     model = tiny.bert()
     tensors = dict(data())
     for name, case in CASES.items():
-        found = mask(model, case)
+        found = mask(model, case, batches(1), batches(4), apart=5e-6)  # the choice must not hang on rounding
         for parameter, kept in found.items():
             if kept.any():
                 tensors[f"{name}/{parameter}"] = kept.nonzero().flatten().int()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 from transformers import (BertConfig, BertForSequenceClassification, Dinov2Config, Dinov2ForImageClassification,
-                          LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification)
+                          LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration, ViTConfig,
+                          ViTForImageClassification)
 
 VOCAB = 96
 
@@ -28,6 +29,26 @@ def llama(**options):
         "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
     } | options)
     return shaken(LlamaForCausalLM(config))
+
+
+def t5(**options):
+    """Version 1.0: one table of words for encoder, decoder and output."""
+    torch.manual_seed(17)
+    model = T5ForConditionalGeneration(T5Config(**{
+        "vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+        "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "initializer_factor": 1.5,
+    } | options))
+    with torch.no_grad():
+        model.shared.weight *= 0.3  # so that a word is not the likeliest to follow itself
+    return shaken(model)
+
+
+def t5_gated():
+    """Version 1.1, whose output is a layer of its own; distances beyond 12 are one."""
+    model = t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_layers=3, num_decoder_layers=2, d_kv=6,
+               relative_attention_num_buckets=8, relative_attention_max_distance=12)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCAB, 32) / 4)
+    return model
 
 
 VISION = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=12, patch_size=4, num_labels=3,

@@ -1,4 +1,4 @@
-//! `cargo xtask compare`: every method on one task with one budget, and `peft` beside it.
+//! `cargo xtask compare`: every method on one task with one budget, and a reference in Python beside it.
 
 mod picture;
 mod recipe;
@@ -34,20 +34,20 @@ enum Task {
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum Against {
-    /// HF PEFT, by interop/compare.py
-    Peft,
+    /// HF PEFT where it has the method, or else plain torch, by interop/compare.py
+    Python,
 }
 
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "The rows and their settings are in xtask/compare/sentiment.json. Finished runs are kept in
 the output folder's runs/, and a later call with the same settings does not run them again:
-broken off, start it once more. --against peft needs an environment as `cargo xtask ci` makes it.
+broken off, start it once more. --against python needs an environment as `cargo xtask ci` makes it.
 
 Examples:
   cargo xtask compare --task sentiment
   cargo xtask compare --task sentiment --methods lora,oft --steps 30
-  cargo xtask compare --task sentiment --methods lora,dora,oft --seeds 1,2,3 --against peft
+  cargo xtask compare --task sentiment --methods lora,dora,oft --seeds 1,2,3 --against python
   cargo xtask compare --task sentiment --times"
 )]
 pub(crate) struct CompareArgs {
@@ -63,7 +63,7 @@ pub(crate) struct CompareArgs {
     /// Optimizer steps of a run [default: the recipe's]
     #[arg(long)]
     steps: Option<usize>,
-    /// Train the rows that it has with this library too, turn by turn
+    /// Train the rows that have a reference with that too, turn by turn
     #[arg(long, value_enum)]
     against: Option<Against>,
     /// Train nothing anew, but take the step times: a few steps of each row, LoRA's before them; wants
@@ -103,14 +103,14 @@ pub(crate) fn run(args: &CompareArgs) -> Result<(), Failure> {
         against: args.against.is_some(),
         timed: args.times,
     };
-    let line = |row| Line { row, ours: vec![], peft: vec![], times: vec![], failures: vec![] };
+    let line = |row| Line { row, ours: vec![], python: vec![], times: vec![], failures: vec![] };
     let mut lines: Vec<Line<'_>> = rows.into_iter().map(line).collect();
     // Seed by seed, so that there is a whole table early.
     for &seed in &args.seeds {
         for index in 0..lines.len() {
-            for side in [Side::Ours, Side::Peft] {
+            for side in [Side::Ours, Side::Python] {
                 let row = lines[index].row;
-                if side == Side::Peft && (args.against.is_none() || row.peft.is_none()) {
+                if side == Side::Python && (args.against.is_none() || row.reference.is_none()) {
                     continue;
                 }
                 let job = Job { row, training: recipe.training(row), seed, side };
@@ -152,7 +152,7 @@ fn take(line: &mut Line<'_>, job: &Job<'_>, desk: &Desk) -> Result<(), Failure> 
             println!("{told}, run {how} in {}", duration(run.seconds));
             match side {
                 Side::Ours => line.ours.push((seed, run)),
-                Side::Peft => line.peft.push((seed, run)),
+                Side::Python => line.python.push((seed, run)),
             }
         }
         Err(failure) => {
@@ -207,7 +207,7 @@ fn prepare(args: &CompareArgs) -> Result<(Desk, usize), Failure> {
     let split = demo::data(args.data.as_deref(), SPLIT, REMEDY)?;
     let python = match args.against {
         None => None,
-        Some(Against::Peft) => {
+        Some(Against::Python) => {
             Some((python::with_peft()?, places::root().join("interop/compare.py")))
         }
     };

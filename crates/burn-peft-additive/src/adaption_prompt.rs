@@ -70,7 +70,13 @@ pub struct GatedPrompt {
 }
 
 impl Adapter for GatedPrompt {
-    fn attention(&self, q: &Tensor<4>, key: &Linear, value: &Linear) -> Option<Tensor<3>> {
+    fn attention(
+        &self,
+        _x: &Tensor<3>,
+        q: &Tensor<4>,
+        key: &Linear,
+        value: &Linear,
+    ) -> Option<Tensor<3>> {
         let [batch, heads, seq, d] = q.dims();
         let prompt = self.adaption_prompt.val();
         let [n, _] = prompt.dims();

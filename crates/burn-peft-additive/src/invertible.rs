@@ -224,8 +224,9 @@ mod tests {
         let o = e.clone() + adapter.difference(&e);
         let [o, e, back] = [o.clone(), e, adapter.inverse(o)]
             .map(|t| t.into_data().try_to_vec::<f32>().expect("is f32"));
-        let far =
-            |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let far = |a: &[f32], b: &[f32]| {
+            a.iter().zip(b).map(|(a, b)| (a - b).abs()).max_by(f32::total_cmp).unwrap_or_default()
+        };
         // Two subtractions of sums about 1.
         assert!(far(&back, &e) < 1e-5, "{}", far(&back, &e));
         assert!(far(&o, &e) > 0.05, "{}", far(&o, &e));

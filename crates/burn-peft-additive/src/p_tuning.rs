@@ -4,14 +4,12 @@ use crate::fields::probability;
 use crate::numbers::STANDARD;
 use crate::p_tuning_encoder::PromptEncoder;
 use crate::prompt::{
-    EMBEDDINGS, PREFIXES, UNREAD, VirtualTokens, between, only_saved, saved_only, words,
+    EMBEDDINGS, PREFIXES, UNREAD, VirtualTokens, between, in_front, only_saved, saved_only, words,
 };
 use crate::prompt_tuning::{Prompt, restored};
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_peft_core::{
-    Adapter, Error, Kind, Method, PlaceTensors, Site, Sites, Strictness, Targets,
-};
+use burn_peft_core::{Adapter, Error, Kind, Method, PlaceTensors, SeenTokens, Site, Targets};
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
@@ -86,7 +84,7 @@ impl EncodedPrompt {
 }
 
 impl Adapter for EncodedPrompt {
-    fn prompt(&self, _x: &Tensor<3>) -> Option<Tensor<3>> {
+    fn prompt(&self, _x: &Tensor<3>, _: Option<&SeenTokens>) -> Option<Tensor<3>> {
         Some(self.tokens(true).unsqueeze())
     }
 
@@ -110,17 +108,7 @@ impl Method for PTuning {
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[];
     const PREFIXES: [&'static str; 2] = PREFIXES;
 
-    fn targets(&self) -> &Targets {
-        &self.targets
-    }
-
-    fn targets_mut(&mut self) -> &mut Targets {
-        &mut self.targets
-    }
-
-    fn places<'s>(&self, sites: &'s Sites, _: Strictness) -> Result<Vec<&'s Site>, Error> {
-        words(sites)
-    }
+    in_front!(words);
 
     fn check(&self) -> Result<(), Error> {
         self.virtual_tokens.check()?;
@@ -129,10 +117,6 @@ impl Method for PTuning {
             between("encoder_hidden_size", hidden, 1, 1 << 16)?;
         }
         probability("encoder_dropout", self.encoder_dropout)
-    }
-
-    fn starts_as_identity(&self) -> bool {
-        false
     }
 
     fn init(

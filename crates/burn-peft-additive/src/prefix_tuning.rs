@@ -2,15 +2,13 @@
 
 use crate::numbers::STANDARD;
 use crate::prompt::{
-    EMBEDDINGS, PREFIXES, UNREAD, VirtualTokens, agree, attentions, between, dense, only_saved,
-    saved_only,
+    EMBEDDINGS, PREFIXES, UNREAD, VirtualTokens, agree, attentions, between, dense, in_front,
+    only_saved, saved_only,
 };
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_peft_core::{
-    Adapter, Error, Kind, Method, PlaceTensors, Site, Sites, Strictness, Targets,
-};
+use burn_peft_core::{Adapter, Error, Kind, Method, PlaceTensors, SeenTokens, Site, Targets};
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
@@ -74,7 +72,7 @@ impl Prefix {
 }
 
 impl Adapter for Prefix {
-    fn prefix(&self, _x: &Tensor<3>) -> Option<[Tensor<3>; 2]> {
+    fn prefix(&self, _x: &Tensor<3>, _: Option<&SeenTokens>) -> Option<[Tensor<3>; 2]> {
         let both = self.both();
         let width = both.dims()[1] / 2;
         Some([0, 1].map(|part| both.clone().narrow(1, part * width, width).unsqueeze()))
@@ -150,17 +148,7 @@ impl Method for PrefixTuning {
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[];
     const PREFIXES: [&'static str; 2] = PREFIXES;
 
-    fn targets(&self) -> &Targets {
-        &self.targets
-    }
-
-    fn targets_mut(&mut self) -> &mut Targets {
-        &mut self.targets
-    }
-
-    fn places<'s>(&self, sites: &'s Sites, _: Strictness) -> Result<Vec<&'s Site>, Error> {
-        attentions(sites)
-    }
+    in_front!(attentions);
 
     fn check(&self) -> Result<(), Error> {
         self.virtual_tokens.check()?;
@@ -174,10 +162,6 @@ impl Method for PrefixTuning {
                 format!("expected \"zero\" or null, found {other}"),
             )),
         }
-    }
-
-    fn starts_as_identity(&self) -> bool {
-        false // keys of zero take their share of every attention
     }
 
     fn draws(&self) -> bool {

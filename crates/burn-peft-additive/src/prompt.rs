@@ -1,8 +1,8 @@
 //! What all methods have in common that set something in front of a sequence.
 
 use crate::numbers::Draw;
-use burn::tensor::Device;
-use burn_peft_core::{Error, Kind, Site, Sites, Targets};
+use burn::tensor::{Device, Tensor};
+use burn_peft_core::{Error, Kind, SeenTokens, Site, Sites, Targets};
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
@@ -111,6 +111,52 @@ pub(crate) fn words(sites: &Sites) -> Result<Vec<&Site>, Error> {
     }
 }
 
+/// [`words`] of a model that may read a whole sequence before it answers.
+pub(crate) fn words_to_read(sites: &Sites) -> Result<Vec<&Site>, Error> {
+    unread(sites)?;
+    words(sites)
+}
+
+/// Refuses a model that predicts the words it reads: none may know of them before.
+pub(crate) fn unread(sites: &Sites) -> Result<(), Error> {
+    let words = sites.all.iter().find(|site| site.kind == Kind::Embedding);
+    let Some(vocabulary) = words.map(Site::fan_in) else { return Ok(()) };
+    // An output that is no layer of its own is the embedding once more.
+    let head = |path: &String| sites.get(path).map_or(vocabulary, Site::fan_out);
+    match &sites.output {
+        Some(path) if head(path) == vocabulary => {
+            let reason = "expected a model that does not predict the words it reads, since each virtual token is made \
+                          of all of them; use a prompt that is the same for every row";
+            Err(Error::place(path, reason))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// 1 for a token of the sequence's own and 0 for padding and virtual ones, `[batch, seq, 1]`, for states
+/// `x [batch, seq, hidden]`.
+pub(crate) fn own(x: &Tensor<3>, tokens: Option<&SeenTokens>) -> Tensor<3> {
+    let [batch, seq, _] = x.dims();
+    match tokens {
+        Some(tokens) => tokens.kept.clone().float().reshape([batch, seq, 1]),
+        None => Tensor::ones([batch, seq, 1], &x.device().inner()),
+    }
+}
+
+/// The mean state of a sequence's own tokens, `[batch, hidden]`.
+pub(crate) fn mean(x: &Tensor<3>, tokens: Option<&SeenTokens>) -> Tensor<2> {
+    let own = own(x, tokens).cast(x.dtype());
+    let sum = (x.clone() * own.clone()).sum_dim(1);
+    (sum / own.sum_dim(1).clamp_min(1.0)).squeeze_dim(1)
+}
+
+/// The state of a sequence's first own token, `[batch, hidden]`.
+pub(crate) fn first(x: &Tensor<3>, tokens: Option<&SeenTokens>) -> Tensor<2> {
+    let own = own(x, tokens);
+    let first = own.clone().cumsum(1).equal_elem(1).float() * own;
+    (x.clone() * first.cast(x.dtype())).sum_dim(1).squeeze_dim(1)
+}
+
 /// Every attention of the model.
 pub(crate) fn attentions(sites: &Sites) -> Result<Vec<&Site>, Error> {
     let found: Vec<&Site> =
@@ -124,6 +170,53 @@ pub(crate) fn attentions(sites: &Sites) -> Result<Vec<&Site>, Error> {
         }
     }
 }
+
+/// The blocks of the model: the first list that it declares, as every model of the zoo has one.
+pub(crate) fn blocks(sites: &Sites) -> Result<Vec<&Site>, Error> {
+    match sites.between.iter().find(|site| site.kind == Kind::Blocks) {
+        Some(site) => Ok(vec![site]),
+        None => {
+            let reason = "expected a model with a list of blocks, in front of which tokens stand; found none";
+            Err(Error::config("num_virtual_tokens", reason))
+        }
+    }
+}
+
+/// What a method says that has but these places to go: `targets` by its field, which hold no names, and that what
+/// stands in front is no identity, even where it is zero: it takes its share of every attention.
+///
+/// `in_front!(self)` asks the method's own `places_of`.
+macro_rules! in_front {
+    (self) => {
+        $crate::prompt::in_front!(@ (me, sites) me.places_of(sites));
+    };
+    ($places:path) => {
+        $crate::prompt::in_front!(@ (_me, sites) $places(sites));
+    };
+    (@ ($me:ident, $sites:ident) $places:expr) => {
+        fn targets(&self) -> &::burn_peft_core::Targets {
+            &self.targets
+        }
+
+        fn targets_mut(&mut self) -> &mut ::burn_peft_core::Targets {
+            &mut self.targets
+        }
+
+        fn places<'s>(
+            &self,
+            $sites: &'s ::burn_peft_core::Sites,
+            _: ::burn_peft_core::Strictness,
+        ) -> Result<Vec<&'s ::burn_peft_core::Site>, ::burn_peft_core::Error> {
+            let $me = self;
+            $places
+        }
+
+        fn starts_as_identity(&self) -> bool {
+            false
+        }
+    };
+}
+pub(crate) use in_front;
 
 /// `modules_to_save` alone, for methods that have but one place to go.
 pub(crate) mod saved_only {

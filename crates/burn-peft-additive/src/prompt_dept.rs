@@ -2,14 +2,12 @@
 
 use crate::numbers::{Draw, STANDARD};
 use crate::prompt::{
-    EMBEDDINGS, PREFIXES, UNREAD, VirtualTokens, between, only_saved, saved_only, words,
+    EMBEDDINGS, PREFIXES, UNREAD, VirtualTokens, between, in_front, only_saved, saved_only, words,
 };
 use burn::module::{Module, Param};
 use burn::tensor::module::linear;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_peft_core::{
-    Adapter, Error, Kind, Method, PlaceTensors, Site, Sites, Strictness, Targets,
-};
+use burn_peft_core::{Adapter, Error, Kind, Method, PlaceTensors, SeenTokens, Site, Targets};
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
@@ -69,7 +67,7 @@ impl Adapter for DecomposedPrompt {
         Some(linear(rows, self.dept_b.val(), None) * within)
     }
 
-    fn prompt(&self, _x: &Tensor<3>) -> Option<Tensor<3>> {
+    fn prompt(&self, _x: &Tensor<3>, _: Option<&SeenTokens>) -> Option<Tensor<3>> {
         Some(self.prompt_embeddings.val().unsqueeze())
     }
 
@@ -111,26 +109,12 @@ impl Method for DePt {
     const PREFIXES: [&'static str; 2] = PREFIXES;
     const FASTER: &'static [&'static str] = &["prompt_embeddings"];
 
-    fn targets(&self) -> &Targets {
-        &self.targets
-    }
-
-    fn targets_mut(&mut self) -> &mut Targets {
-        &mut self.targets
-    }
-
-    fn places<'s>(&self, sites: &'s Sites, _: Strictness) -> Result<Vec<&'s Site>, Error> {
-        words(sites)
-    }
+    in_front!(words);
 
     fn check(&self) -> Result<(), Error> {
         self.virtual_tokens.check()?;
         between("r", self.r, 1, 1 << 16)?;
         between("max_length", self.max_length, 1, 1 << 20)
-    }
-
-    fn starts_as_identity(&self) -> bool {
-        false
     }
 
     fn init(

@@ -1,12 +1,10 @@
 //! Prompt tuning: trained virtual tokens in front of the embedded ones (arXiv 2104.08691).
 
 use crate::numbers::STANDARD;
-use crate::prompt::{EMBEDDINGS, PREFIXES, VirtualTokens, only_saved, saved_only, words};
+use crate::prompt::{EMBEDDINGS, PREFIXES, VirtualTokens, in_front, only_saved, saved_only, words};
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_peft_core::{
-    Adapter, Error, Kind, Method, PlaceTensors, Site, Sites, Strictness, Targets,
-};
+use burn_peft_core::{Adapter, Error, Kind, Method, PlaceTensors, SeenTokens, Site, Targets};
 use rand::RngExt;
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -58,7 +56,7 @@ pub struct Prompt {
 }
 
 impl Adapter for Prompt {
-    fn prompt(&self, _x: &Tensor<3>) -> Option<Tensor<3>> {
+    fn prompt(&self, _x: &Tensor<3>, _: Option<&SeenTokens>) -> Option<Tensor<3>> {
         Some(self.prompt_embeddings.val().unsqueeze())
     }
 
@@ -113,17 +111,7 @@ impl Method for PromptTuning {
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[];
     const PREFIXES: [&'static str; 2] = PREFIXES;
 
-    fn targets(&self) -> &Targets {
-        &self.targets
-    }
-
-    fn targets_mut(&mut self) -> &mut Targets {
-        &mut self.targets
-    }
-
-    fn places<'s>(&self, sites: &'s Sites, _: Strictness) -> Result<Vec<&'s Site>, Error> {
-        words(sites)
-    }
+    in_front!(words);
 
     fn check(&self) -> Result<(), Error> {
         self.virtual_tokens.check()?;
@@ -134,10 +122,6 @@ impl Method for PromptTuning {
             }
             _ => Ok(()),
         }
-    }
-
-    fn starts_as_identity(&self) -> bool {
-        false
     }
 
     fn draws(&self) -> bool {

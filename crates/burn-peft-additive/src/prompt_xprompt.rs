@@ -2,15 +2,14 @@
 
 use crate::numbers::STANDARD;
 use crate::prompt::{
-    EMBEDDINGS, PREFIXES, UNREAD, VirtualTokens, between, only_saved, saved_only, words,
+    EMBEDDINGS, PREFIXES, UNREAD, VirtualTokens, between, in_front, only_saved, saved_only, words,
 };
 use crate::prompt_tuning::restored;
 use crate::prompt_xprompt_policy::Pruning;
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft_core::{
-    Adapter, Adapters, Buffer, Error, Kind, Method, PlaceTensors, Policy, Site, Sites, Strictness,
-    Targets,
+    Adapter, Adapters, Buffer, Error, Kind, Method, PlaceTensors, Policy, SeenTokens, Site, Targets,
 };
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -102,7 +101,7 @@ impl PrunedPrompt {
 }
 
 impl Adapter for PrunedPrompt {
-    fn prompt(&self, _x: &Tensor<3>) -> Option<Tensor<3>> {
+    fn prompt(&self, _x: &Tensor<3>, _: Option<&SeenTokens>) -> Option<Tensor<3>> {
         Some(self.tokens().unsqueeze())
     }
 
@@ -120,17 +119,7 @@ impl Method for XPrompt {
     const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[];
     const PREFIXES: [&'static str; 2] = PREFIXES;
 
-    fn targets(&self) -> &Targets {
-        &self.targets
-    }
-
-    fn targets_mut(&mut self) -> &mut Targets {
-        &mut self.targets
-    }
-
-    fn places<'s>(&self, sites: &'s Sites, _: Strictness) -> Result<Vec<&'s Site>, Error> {
-        words(sites)
-    }
+    in_front!(words);
 
     fn check(&self) -> Result<(), Error> {
         self.virtual_tokens.check()?;
@@ -147,10 +136,6 @@ impl Method for XPrompt {
             }
         }
         Ok(())
-    }
-
-    fn starts_as_identity(&self) -> bool {
-        false
     }
 
     fn init(

@@ -52,17 +52,9 @@ impl Source for Stored<'_, '_> {
     }
 }
 
-/// `init` and `restore` of a method by its `fn build(&self, &Site, &mut impl Source)`, `targets` by its field.
-macro_rules! by_source {
+/// `init` and `restore` of a method by its `fn build(&self, &Site, &mut impl Source)`.
+macro_rules! built {
     ($adapter:ty) => {
-        fn targets(&self) -> &::burn_peft_core::Targets {
-            &self.targets
-        }
-
-        fn targets_mut(&mut self) -> &mut ::burn_peft_core::Targets {
-            &mut self.targets
-        }
-
         fn init(
             &self,
             site: &::burn_peft_core::Site,
@@ -82,6 +74,22 @@ macro_rules! by_source {
         ) -> Result<$adapter, ::burn_peft_core::Error> {
             self.build(site, &mut $crate::source::Stored { file, device })
         }
+    };
+}
+pub(crate) use built;
+
+/// As [`built`], and `targets` by its field.
+macro_rules! by_source {
+    ($adapter:ty) => {
+        fn targets(&self) -> &::burn_peft_core::Targets {
+            &self.targets
+        }
+
+        fn targets_mut(&mut self) -> &mut ::burn_peft_core::Targets {
+            &mut self.targets
+        }
+
+        $crate::source::built!($adapter);
     };
 }
 pub(crate) use by_source;

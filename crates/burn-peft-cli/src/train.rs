@@ -185,6 +185,7 @@ pub(crate) fn finish<B: Objective + Pretrained>(
         .map(|test| scores(evaluated(&*base, test, device, &Scope::new(&fitted.adapters.valid()))));
     let labels = prepared.labels.as_ref().map(|labels| json_bytes(LABELS, labels)).transpose()?;
     let (tokens, padded) = fitted.tokens;
+    let padding = 1.0 - tokens as f64 / padded.max(1) as f64;
     let summary_json = json!({
         "trainable_parameters": trainable,
         "total_parameters": sites.parameters + trainable,
@@ -195,13 +196,14 @@ pub(crate) fn finish<B: Objective + Pretrained>(
         "steps": fitted.steps,
         "best_step": fitted.best,
         "epochs": setup.options.num_train_epochs,
-        "padding": 1.0 - tokens as f64 / padded.max(1) as f64,
+        "padding": padding,
     });
     let summary = (SUMMARY, json_bytes(SUMMARY, &summary_json)?);
     save(out, makers, &fitted.adapters, labels.map(|bytes| (LABELS, bytes)), summary)?;
     // The adapter is whole and in its place: the checkpoint has done its work.
     Checkpoint::of(out).remove();
     let mut text = format!("{} steps in {:.1} s", fitted.steps, fitted.seconds);
+    text += &format!("; {:.1} % of the tokens were padding", 100.0 * padding);
     if let Some(after) = &after {
         text += &format!(
             "; test accuracy {:.4}, loss {:.4}",

@@ -77,26 +77,48 @@ pub trait Adapter: Debug + Send + Sync {
     }
 
     /// Virtual tokens in front of the embedded ones `x [batch, seq, dim]`: `[1, n, dim]` for every row, or
-    /// `[batch, n, dim]`.
-    fn prompt(&self, x: &Tensor<3>) -> Option<Tensor<3>> {
+    /// `[batch, n, dim]`. `tokens` says which of `x` are padding, where the model reads tokens.
+    fn prompt(&self, x: &Tensor<3>, tokens: Option<&SeenTokens>) -> Option<Tensor<3>> {
         None
     }
 
     /// Keys and values in front of those of an attention that reads `x [batch, seq, hidden]`: each
     /// `[1, n, width]` for every row, or `[batch, n, width]`, laid out as the attention's own projection
-    /// gives them, before heads are split.
-    fn prefix(&self, x: &Tensor<3>) -> Option<[Tensor<3>; 2]> {
+    /// gives them, before heads are split. `tokens` are as in [`Adapter::prompt`]; virtual ones among `x` are
+    /// none of the sequence's own.
+    fn prefix(&self, x: &Tensor<3>, tokens: Option<&SeenTokens>) -> Option<[Tensor<3>; 2]> {
         None
     }
 
-    /// How many tokens, or keys and values, [`Adapter::prompt`] or [`Adapter::prefix`] set in front.
+    /// Virtual tokens in front of `x [batch, seq, hidden]`, which the block number `block` of the model is about to
+    /// read: `[1, n, hidden]` for every row, or `[batch, n, hidden]`. `held` is what the block before gave on for those
+    /// that stood in front of it; without an answer none do from here on. `tokens` are as in [`Adapter::prompt`].
+    fn carried(
+        &self,
+        block: usize,
+        x: &Tensor<3>,
+        held: Option<&Tensor<3>>,
+        tokens: Option<&SeenTokens>,
+    ) -> Option<Tensor<3>> {
+        None
+    }
+
+    /// How many tokens, or keys and values, [`Adapter::prompt`], [`Adapter::prefix`] or [`Adapter::carried`] set in
+    /// front.
     fn virtual_tokens(&self) -> usize {
         0
     }
 
-    /// `δ` of what an attention mixes, before its output layer: queries `q [batch, heads, seq, d]` with their
-    /// positions, and its own layers for keys and values → `[batch, seq, heads · d]`.
-    fn attention(&self, q: &Tensor<4>, key: &Linear, value: &Linear) -> Option<Tensor<3>> {
+    /// `δ` of what an attention mixes, before its output layer: what it reads, `x [batch, seq, hidden]`, queries
+    /// `q [batch, heads, seq, d]` with their positions, and its own layers for keys and values →
+    /// `[batch, seq, heads · d]`.
+    fn attention(
+        &self,
+        x: &Tensor<3>,
+        q: &Tensor<4>,
+        key: &Linear,
+        value: &Linear,
+    ) -> Option<Tensor<3>> {
         None
     }
 

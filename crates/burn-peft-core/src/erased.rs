@@ -1,7 +1,7 @@
 //! An adapter of whatever method behind one type: what is written for it is compiled once, and not once
 //! a method.
 
-use crate::{Adapter, Adapters, Guide, Hidden, Policy, SeenTokens};
+use crate::{Adapter, Adapters, Guide, Hidden, Overlay, Passes, Policy, SeenTokens};
 use burn::module::{
     Content, Devices, Flag, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper,
     ModuleVisitor, Param,
@@ -364,20 +364,36 @@ impl Adapter for AnyAdapter {
         self.0.positional(positions)
     }
 
-    fn prompt(&self, x: &Tensor<3>) -> Option<Tensor<3>> {
-        self.0.prompt(x)
+    fn prompt(&self, x: &Tensor<3>, tokens: Option<&SeenTokens>) -> Option<Tensor<3>> {
+        self.0.prompt(x, tokens)
     }
 
-    fn prefix(&self, x: &Tensor<3>) -> Option<[Tensor<3>; 2]> {
-        self.0.prefix(x)
+    fn prefix(&self, x: &Tensor<3>, tokens: Option<&SeenTokens>) -> Option<[Tensor<3>; 2]> {
+        self.0.prefix(x, tokens)
+    }
+
+    fn carried(
+        &self,
+        block: usize,
+        x: &Tensor<3>,
+        held: Option<&Tensor<3>>,
+        tokens: Option<&SeenTokens>,
+    ) -> Option<Tensor<3>> {
+        self.0.carried(block, x, held, tokens)
     }
 
     fn virtual_tokens(&self) -> usize {
         self.0.virtual_tokens()
     }
 
-    fn attention(&self, q: &Tensor<4>, key: &Linear, value: &Linear) -> Option<Tensor<3>> {
-        self.0.attention(q, key, value)
+    fn attention(
+        &self,
+        x: &Tensor<3>,
+        q: &Tensor<4>,
+        key: &Linear,
+        value: &Linear,
+    ) -> Option<Tensor<3>> {
+        self.0.attention(x, q, key, value)
     }
 
     fn norm(&self) -> (Option<Tensor<1>>, Option<Tensor<1>>) {
@@ -413,6 +429,20 @@ impl<A: Adapter + Module + ModuleDisplay + 'static> Policy<AnyAdapter> for Over<
             Some(adapters) => self.0.gradients(step, &adapters, gradients),
             None => gradients,
         }
+    }
+
+    fn looks_back(&self, step: usize) -> usize {
+        self.0.looks_back(step)
+    }
+
+    fn look(
+        &mut self,
+        adapters: &Adapters<AnyAdapter>,
+        beside: &dyn Overlay,
+        passes: &dyn Passes,
+    ) -> Result<(), crate::Error> {
+        let Some(adapters) = adapters.typed::<A>() else { return Ok(()) };
+        self.0.look(&adapters, beside, passes)
     }
 
     fn adjust(

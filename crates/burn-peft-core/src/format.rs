@@ -249,7 +249,8 @@ fn weight_data(site: &Site, weight: Tensor<2>) -> TensorData {
         crate::Kind::Embedding
         | crate::Kind::Norm
         | crate::Kind::Hidden
-        | crate::Kind::Attention => weight.into_data(),
+        | crate::Kind::Attention
+        | crate::Kind::Blocks => weight.into_data(),
         crate::Kind::Conv1d | crate::Kind::Conv2d => {
             let (bytes, _, dtype) = weight.transpose().into_data().into_parts();
             TensorData::from_bytes(bytes, shape, dtype)

@@ -81,17 +81,30 @@ pub struct Hidden<'a> {
     pub norm: Option<&'a LayerNorm>,
     /// The tokens that it is the state of, where the model reads tokens.
     pub tokens: Option<SeenTokens>,
+    /// Where its patches lie, where the model reads images.
+    pub grid: Option<Grid>,
+}
+
+/// Patches of an image in a sequence, row by row: those at `first..first + rows · columns`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grid {
+    /// Where they begin, behind a class token.
+    pub first: usize,
+    /// Patches from top to bottom.
+    pub rows: usize,
+    /// Patches from left to right.
+    pub columns: usize,
 }
 
 impl<'a> Hidden<'a> {
     /// A sublayer `y = F(x)` on its way back into the residual stream `x`.
     pub fn sublayer(x: &Tensor<3>, y: Tensor<3>) -> Self {
-        Self { x: x.clone(), y, is_added: true, norm: None, tokens: None }
+        Self { x: x.clone(), y, is_added: true, norm: None, tokens: None, grid: None }
     }
 
     /// A block that read the stream `x` and gives on the stream `y`.
     pub fn block(x: Tensor<3>, y: Tensor<3>) -> Self {
-        Self { x, y, is_added: false, norm: None, tokens: None }
+        Self { x, y, is_added: false, norm: None, tokens: None, grid: None }
     }
 
     /// With this norm over `x + y`.
@@ -108,6 +121,7 @@ impl<'a> Hidden<'a> {
             is_added: self.is_added,
             norm: self.norm,
             tokens: self.tokens.as_ref().map(|tokens| tokens.select(rows)),
+            grid: self.grid,
         }
     }
 }
@@ -129,6 +143,16 @@ pub struct SeenTokens {
 }
 
 impl SeenTokens {
+    /// With `n` virtual tokens in front, which have no id and are none of the sequence's own.
+    pub(crate) fn behind(&self, n: usize, scores: Option<Tensor<4>>) -> Self {
+        let [batch, _] = self.ids.dims();
+        let front = |value: i64, own: &Tensor<2, Int>| {
+            let front = Tensor::<2, Int>::full([batch, n], value, &own.device());
+            Tensor::cat(vec![front, own.clone()], 1)
+        };
+        Self { ids: front(-1, &self.ids), kept: front(0, &self.kept), scores, ..self.clone() }
+    }
+
     pub(crate) fn select(&self, rows: &Tensor<1, Int>) -> Self {
         Self {
             ids: self.ids.clone().select(0, rows.clone()),

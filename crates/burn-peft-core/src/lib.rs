@@ -19,6 +19,7 @@ mod adapter;
 mod adapters;
 mod bank;
 mod buffer;
+mod carried;
 pub mod composed;
 mod copy;
 mod erased;
@@ -45,6 +46,7 @@ pub use adapter::{Adapter, Fold};
 pub use adapters::{Adapters, Folded, Folds, adapt};
 pub use bank::{BASE, Bank, Selection};
 pub use buffer::{Buffer, Trained, trained_parameters};
+pub use carried::Carried;
 pub use copy::{Part, TrainedCopy};
 pub use erased::AnyAdapter;
 pub use error::Error;
@@ -52,7 +54,7 @@ pub use fold::{Attached, attach, merge};
 pub use format::{
     AdapterConfig, CONFIG_FILE, TENSORS_FILE, adapter_files, load, peft_type, save, save_with,
 };
-pub use hidden::{Hidden, HiddenPlace, SeenTokens};
+pub use hidden::{Grid, Hidden, HiddenPlace, SeenTokens};
 pub use method::{Biases, Method, site_rng};
 pub use policy::{Guide, Policy};
 pub use product::Product;
@@ -63,9 +65,9 @@ pub use riemannian::ridge_inverse;
 pub use scope::{Front, HIDDEN, Laid, Overlay, Scope, Strength};
 pub use several::{LIST_FILE, Unwritten, adapter_folders, save_together};
 pub use site::{Kind, Site, Sites, Value, as_matrix, from_matrix, hf_component, hf_path};
-pub use slopes::{Slope, Slopes, Tuning};
+pub use slopes::{Slope, Slopes, Tuning, hardest, slopes_at};
 pub use summary::{Summary, grouped};
-pub use survey::{Counted, Finding, Moments, Passes, Statistic, survey};
+pub use survey::{Counted, Finding, Moments, Passes, Statistic, held_together, survey};
 pub use targets::{ALL_LINEAR, Names, OneOrMany, Strictness, Targets, pattern_value};
 pub use tensors::{
     PlaceTensors, TensorFile, tensor_bytes, write_atomic, write_tensors, write_together,

@@ -1,8 +1,8 @@
 //! What was asked for: plain data in HF PEFT's words, which checks itself and builds adapters.
 
 use crate::{
-    Adapter, Adapters, Error, Finding, Fold, Kind, PlaceTensors, Policy, Product, Site, Sites,
-    Statistic, Strictness, Targets,
+    Adapter, Adapters, AnyAdapter, Error, Finding, Fold, Kind, PlaceTensors, Policy, Product, Site,
+    Sites, Statistic, Strictness, Targets,
 };
 use burn::module::{Module, ModuleDisplay};
 use burn::tensor::{Device, Tensor, TensorData};
@@ -115,6 +115,15 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// What must be known of the data before adapters can be built: a [`survey`](crate::survey()) finds it.
     fn wants(&self) -> Option<Statistic> {
         None
+    }
+
+    /// What lies over a place while the data are seen, for [`Statistic::Trial`].
+    ///
+    /// # Errors
+    /// A place that cannot carry it; a method that has none.
+    fn trial(&self, site: &Site, device: &Device) -> Result<AnyAdapter, Error> {
+        let _ = device;
+        Err(Error::place(&site.path, format!("{} has no adapter to try there", Self::NAME)))
     }
 
     /// Told what was found at one of the places; what is needed of it is kept in the configuration, and

@@ -1,7 +1,7 @@
 //! What a method does around an optimizer step: a rank that is shared out anew, factors that are frozen
 //! one by one.
 
-use crate::{Adapters, Error, Method};
+use crate::{Adapters, Error, Method, Overlay, Passes};
 use burn::module::{Module, ModuleDisplay};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor};
@@ -23,6 +23,27 @@ pub trait Policy<A: Module + ModuleDisplay>: Send {
     ) -> GradientsParams {
         let _ = (step, adapters);
         gradients
+    }
+
+    /// The examples of how many of the latest steps it wants to [look](Policy::look) at after this step; 0 for none.
+    fn looks_back(&self, step: usize) -> usize {
+        let _ = step;
+        0
+    }
+
+    /// Sees those examples before [`Policy::adjust`]; `beside` lies over the model with the adapters: what else
+    /// is trained.
+    ///
+    /// # Errors
+    /// Data that it cannot work with.
+    fn look(
+        &mut self,
+        adapters: &Adapters<A>,
+        beside: &dyn Overlay,
+        passes: &dyn Passes,
+    ) -> Result<(), Error> {
+        let _ = (adapters, beside, passes);
+        Ok(())
     }
 
     /// The adapters as they go on after the optimizer's step at this learning rate, with the same

@@ -1,6 +1,6 @@
 //! Where a forward pass is and what lies over it.
 
-use crate::{Adapter, Hidden, SeenTokens};
+use crate::{Adapter, Carried, Grid, Hidden, SeenTokens};
 use burn::module::Param;
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Embedding, LayerNorm, Linear, RmsNorm};
@@ -96,6 +96,7 @@ pub struct Scope<'a> {
     overlay: &'a dyn Overlay,
     path: String,
     tokens: Option<SeenTokens>,
+    grid: Option<Grid>,
 }
 
 impl std::fmt::Debug for Scope<'_> {
@@ -107,12 +108,12 @@ impl std::fmt::Debug for Scope<'_> {
 impl<'a> Scope<'a> {
     /// At the root of a model with `overlay` over it.
     pub fn new(overlay: &'a dyn Overlay) -> Self {
-        Self { overlay, path: String::new(), tokens: None }
+        Self { overlay, path: String::new(), tokens: None, grid: None }
     }
 
     /// The plain model.
     pub fn plain() -> Scope<'static> {
-        Scope { overlay: &(), path: String::new(), tokens: None }
+        Scope { overlay: &(), path: String::new(), tokens: None, grid: None }
     }
 
     /// One level down. Names are those of the Hugging Face checkpoint; `name` may hold dots.
@@ -123,13 +124,18 @@ impl<'a> Scope<'a> {
             path.push('.');
         }
         path.push_str(name);
-        Self { overlay: self.overlay, path, tokens: self.tokens.clone() }
+        Self { overlay: self.overlay, path, tokens: self.tokens.clone(), grid: self.grid }
     }
 
     /// The same place, in a pass that reads these tokens: what lies over hidden states and linear layers may ask
     /// which.
     pub fn reading(&self, tokens: SeenTokens) -> Self {
         Self { tokens: Some(tokens), ..self.clone() }
+    }
+
+    /// The same place, in a pass over an image whose patches lie so: what lies over hidden states may ask.
+    pub fn over(&self, grid: Grid) -> Self {
+        Self { grid: Some(grid), ..self.clone() }
     }
 
     /// The block `index` of the list `name`, such as `layer.3`.
@@ -208,6 +214,7 @@ impl<'a> Scope<'a> {
             return at.y;
         }
         at.tokens = self.tokens.clone();
+        at.grid = self.grid;
         let y0 = at.y.clone();
         sum(laid, &at, y0, |a, at, _| a.hidden(at))
     }
@@ -236,50 +243,52 @@ impl<'a> Scope<'a> {
         sum(laid, &positions(), x, |a, positions, _| a.positional(positions))
     }
 
-    /// What stands in front of the embedded tokens `x [batch, seq, dim]`: `[batch, n, dim]`.
-    pub fn prompt(&self, x: &Tensor<3>) -> Option<Front<1>> {
-        self.front(x, |adapter| adapter.prompt(x).map(|tokens| [tokens]))
+    /// What stands in front of the embedded tokens `x [batch, seq, dim]`: `[batch, n, dim]`. Which tokens these
+    /// are is asked when something does.
+    pub fn prompt(&self, x: &Tensor<3>, tokens: impl FnOnce() -> SeenTokens) -> Option<Front<1>> {
+        let laid = self.laid();
+        if laid.is_empty() {
+            return None;
+        }
+        let tokens = tokens();
+        asked(laid, x, |adapter| adapter.prompt(x, Some(&tokens)).map(|prompt| [prompt]))
     }
 
     /// What stands in front of the keys and values of an attention that reads `x [batch, seq, hidden]`:
     /// each `[batch, n, width]`.
     pub fn prefix(&self, x: &Tensor<3>) -> Option<Front<2>> {
-        self.front(x, |adapter| adapter.prefix(x))
+        asked(self.laid(), x, |adapter| adapter.prefix(x, self.tokens.as_ref()))
     }
 
-    fn front<const N: usize>(
-        &self,
-        x: &Tensor<3>,
-        of: impl Fn(&dyn Adapter) -> Option<[Tensor<3>; N]>,
-    ) -> Option<Front<N>> {
-        let [batch, _, _] = x.dims();
-        let mut parts: [Vec<Tensor<3>>; N] = std::array::from_fn(|_| Vec::new());
-        let mut scores = Vec::new();
-        for Laid { adapter, strength } in self.laid() {
-            let Some(found) = of(adapter) else { continue };
-            // Rows of their own have no meaning here, and `Bank::rows` refuses them.
-            let weight = if let Strength::Scale(w) = strength { w } else { 1.0 };
-            let [_, n, _] = found[0].dims();
-            scores.extend(std::iter::repeat_n((weight.ln() as f32).max(HIDDEN), n));
-            for (part, tensor) in parts.iter_mut().zip(found) {
-                let [_, n, width] = tensor.dims();
-                part.push(tensor.expand([batch, n, width]).cast(x.dtype()));
-            }
-        }
-        (!scores.is_empty())
-            .then(|| Front { parts: parts.map(|part| Tensor::cat(part, 1)), scores })
+    /// What stands in front of the states that the blocks of the list at this path read.
+    pub fn carried(&self) -> Carried<'a> {
+        Carried::new(self.laid(), self.tokens.clone())
     }
 
-    /// What an attention mixes, `y [batch, seq, heads · d]`, with what lies over it; see
-    /// [`Adapter::attention`].
+    /// The same place, where `n` virtual tokens stand in front of what is read; `scores` are then the model's own of
+    /// each pair, as in [`SeenTokens`].
+    pub fn behind(&self, n: usize, scores: Option<Tensor<4>>) -> Self {
+        let tokens = self.tokens.as_ref().map(|tokens| tokens.behind(n, scores));
+        let grid = self.grid.map(|grid| Grid { first: grid.first + n, ..grid });
+        Self { tokens, grid, ..self.clone() }
+    }
+
+    /// What an attention that reads `x [batch, seq, hidden]` mixes, `y [batch, seq, heads · d]`, with what lies over
+    /// it; see [`Adapter::attention`].
     pub fn attention(
         &self,
+        x: &Tensor<3>,
         q: &Tensor<4>,
         key: &Linear,
         value: &Linear,
         y: Tensor<3>,
     ) -> Tensor<3> {
-        sum(self.laid(), q, y, |a, q, _| a.attention(q, key, value))
+        let laid = self.laid();
+        if laid.is_empty() {
+            return y;
+        }
+        let read = Read { x: x.clone(), q: q.clone() };
+        sum(laid, &read, y, |a, Read { x, q }, _| a.attention(x, q, key, value))
     }
 
     /// A layer norm with what lies over it, `[.., dim]`. `epsilon` is the one that `layer` was made with:
@@ -327,6 +336,44 @@ fn frozen<const D: usize>(layer: &Linear, x: Tensor<D>) -> Tensor<D> {
     kernels::linear(x, layer.weight.val(), layer.bias.as_ref().map(Param::val))
 }
 
+/// What is added to the scores of tokens in front that count as often as this strength says. Rows of their own have no
+/// meaning there, and `Bank::rows` refuses them.
+pub(crate) fn score(strength: &Strength<'_>) -> f32 {
+    match strength {
+        Strength::Scale(weight) => (weight.ln() as f32).max(HIDDEN),
+        Strength::Rows(_) => 0.0,
+    }
+}
+
+/// Parts one after the other, if there are any.
+pub(crate) fn front<const N: usize>(
+    parts: [Vec<Tensor<3>>; N],
+    scores: Vec<f32>,
+) -> Option<Front<N>> {
+    (!scores.is_empty()).then(|| Front { parts: parts.map(|part| Tensor::cat(part, 1)), scores })
+}
+
+/// What adapters set in front of `x [batch, seq, width]`, one after the other.
+fn asked<const N: usize>(
+    laid: Vec<Laid<'_>>,
+    x: &Tensor<3>,
+    of: impl Fn(&dyn Adapter) -> Option<[Tensor<3>; N]>,
+) -> Option<Front<N>> {
+    let [batch, _, _] = x.dims();
+    let mut parts: [Vec<Tensor<3>>; N] = std::array::from_fn(|_| Vec::new());
+    let mut scores = Vec::new();
+    for Laid { adapter, strength } in laid {
+        let Some(found) = of(adapter) else { continue };
+        let [_, n, _] = found[0].dims();
+        scores.extend(std::iter::repeat_n(score(&strength), n));
+        for (part, tensor) in parts.iter_mut().zip(found) {
+            let [_, n, width] = tensor.dims();
+            part.push(tensor.expand([batch, n, width]).cast(x.dtype()));
+        }
+    }
+    front(parts, scores)
+}
+
 /// What enters a layer: it can be cut to some rows of the batch.
 trait Input {
     fn rows(&self, rows: &Tensor<1, Int>) -> Self;
@@ -356,6 +403,18 @@ impl Input for States {
             x: self.x.rows(rows),
             tokens: self.tokens.as_ref().map(|tokens| tokens.select(rows)),
         }
+    }
+}
+
+/// What an attention reads, and its queries.
+struct Read {
+    x: Tensor<3>,
+    q: Tensor<4>,
+}
+
+impl Input for Read {
+    fn rows(&self, rows: &Tensor<1, Int>) -> Self {
+        Self { x: self.x.rows(rows), q: self.q.rows(rows) }
     }
 }
 

@@ -24,6 +24,9 @@ pub enum Kind {
     /// Queries that read keys and values; it has no parameters beside those of its layers. The weight is
     /// its key layer's: `[hidden, width of keys and values]`.
     Attention,
+    /// The blocks of a model, one after the other: a list of modules whose states are places. No layer, and no weight but
+    /// zeros `[blocks, hidden]` that say how many there are, and how wide.
+    Blocks,
 }
 
 /// A parameter of any rank; a handle, so that cloning it copies nothing.
@@ -168,7 +171,7 @@ pub fn hf_path<S: AsRef<str>>(components: &[S]) -> String {
 pub struct Sites {
     /// The places with parameters of their own.
     pub all: Vec<Site>,
-    /// The places without: attentions.
+    /// The places without: attentions and lists of blocks.
     pub between: Vec<Site>,
     /// Path of the layer that makes the model's output; "all-linear" leaves it out, as HF PEFT does.
     pub output: Option<String>,
@@ -203,6 +206,12 @@ impl Sites {
             };
             sites.all.push(Site { path, kind, weight, bias: found.bias });
         }
+        for (path, [count, width]) in finder.blocks {
+            if let Some(device) = &device {
+                let weight = Value::D2(Tensor::zeros([count, width], device));
+                sites.between.push(Site { path, kind: Kind::Blocks, weight, bias: None });
+            }
+        }
         for path in finder.attentions {
             // By the name of the layer that makes the keys, in the checkpoints of today's models.
             let key = KEYS.iter().find_map(|name| sites.get(&format!("{path}.{name}")));
@@ -234,13 +243,15 @@ struct Found {
 }
 
 /// Names of an attention's layer for keys.
-const KEYS: &[&str] = &["key", "k_proj"];
+const KEYS: &[&str] = &["key", "k_proj", "k"];
 
 #[derive(Default)]
 struct Finder {
     stack: Vec<(String, String)>,
     order: Vec<String>,
     attentions: Vec<String>,
+    /// Of each list of blocks how many there are and how wide their states.
+    blocks: BTreeMap<String, [usize; 2]>,
     found: BTreeMap<String, Found>,
 }
 
@@ -265,6 +276,12 @@ impl ModuleVisitor for Finder {
             let path = hf_path(&names);
             self.found.entry(path.clone()).or_default().hidden = name.parse().ok();
             self.order.push(path);
+            if let ([.., (_, list)], [list_names @ .., _]) = (parents, names.as_slice())
+                && list == "Vec"
+                && let Ok(width) = name.parse()
+            {
+                self.blocks.entry(hf_path(list_names)).or_insert([0, width])[0] += 1;
+            }
         }
         if container_type.ends_with("Attention") {
             let names: Vec<&str> = self.stack.iter().map(|(name, _)| name.as_str()).collect();

@@ -1,7 +1,7 @@
 //! How the loss slopes at every number of the chosen places, and how far a full fine-tuning takes it.
 
 use crate::copy::leaf;
-use crate::{Adapters, Finding, Part, Passes, Scope, Site, TrainedCopy, Value};
+use crate::{Adapters, Finding, Overlay, Part, Passes, Scope, Site, TrainedCopy, Value};
 use burn::module::Param;
 use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::{DType, Gradients, Tensor};
@@ -93,29 +93,63 @@ fn add(sums: &mut Sums, path: &str, bias: bool, gradient: Option<Tensor<1>>) {
     sums.insert((path.to_owned(), bias), sum);
 }
 
+/// The `count` examples with the highest losses, the highest first and of equals the first, of a model with
+/// `over` laid over it; all where there are fewer.
+pub fn hardest(passes: &dyn Passes, count: usize, over: &dyn Overlay) -> Vec<usize> {
+    let loss = |at: usize| passes.example_loss(at, &Scope::new(&over)).into_scalar::<f32>();
+    let losses: Vec<f32> = (0..passes.examples()).map(loss).collect();
+    let mut order: Vec<usize> = (0..losses.len()).collect();
+    order.sort_by(|&a, &b| losses[b].total_cmp(&losses[a]).then(a.cmp(&b)));
+    order.truncate(count);
+    order
+}
+
+/// The [`Slopes`] at `sites`, as their numbers stand there, over these examples one at a time, with `beside` laid
+/// over the other places of the model. A place that no example reaches is left out.
+pub fn slopes_at(
+    sites: &[Site],
+    passes: &dyn Passes,
+    examples: &[usize],
+    beside: &dyn Overlay,
+) -> BTreeMap<String, Finding> {
+    let group: Vec<&Site> = sites.iter().collect();
+    slopes(&group, &[], passes, Part::Whole, Along::Examples(examples), beside)
+}
+
+/// What slopes are taken along.
+#[derive(Clone, Copy)]
+pub(crate) enum Along<'a> {
+    /// Batch by batch, and the numbers move.
+    Tuning(Tuning),
+    /// These examples, one at a time, and the numbers stay.
+    Examples(&'a [usize]),
+}
+
 /// Of `group`; `saved` places are trained along in a tuning.
 pub(crate) fn slopes(
     group: &[&Site],
     saved: &[&Site],
     passes: &dyn Passes,
     part: Part,
-    tuning: Option<Tuning>,
+    along: Along<'_>,
+    beside: &dyn Overlay,
 ) -> BTreeMap<String, Finding> {
-    let along = saved.iter().filter(|_| tuning.is_some());
+    let (tuning, steps) = match along {
+        Along::Tuning(tuning) => (Some(tuning), passes.batches() * tuning.epochs),
+        Along::Examples(examples) => (None, examples.len()),
+    };
+    let with = saved.iter().filter(|_| tuning.is_some());
     let mut copies = Adapters::new(
         group.iter().map(|site| (site.path.clone(), copy(site, part))),
-        along.map(|site| (site.path.clone(), copy(site, Part::Whole))),
+        with.map(|site| (site.path.clone(), copy(site, Part::Whole))),
     );
-    let steps = match tuning {
-        Some(tuning) => passes.batches() * tuning.epochs,
-        None => passes.examples(),
-    };
     let mut optimizer = AdamWConfig::new().with_epsilon(1e-8).with_weight_decay(0.0).init();
     let mut sums = Sums::new();
     for step in 0..steps {
-        let loss = match tuning {
-            Some(_) => passes.loss(step % passes.batches(), &Scope::new(&copies)),
-            None => passes.example_loss(step, &Scope::new(&copies)),
+        let over = (&copies, beside);
+        let loss = match along {
+            Along::Tuning(_) => passes.loss(step % passes.batches(), &Scope::new(&over)),
+            Along::Examples(examples) => passes.example_loss(examples[step], &Scope::new(&over)),
         };
         if !loss.is_autodiff() {
             continue; // none of the group lies on its way

@@ -2,13 +2,14 @@
 //! gradients of their weights, over some batches.
 
 use crate::copy::leaf;
-use crate::slopes::{has, slopes};
+use crate::slopes::{Along, hardest, has, slopes};
 use crate::{
     Adapter, Adapters, Error, Kind, Laid, Method, Overlay, Part, Scope, Site, Sites, Slopes,
     Strength, Strictness, TrainedCopy, Tuning,
 };
+use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::Linear;
-use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn::tensor::{DType, Gradients, Int, Tensor, TensorData};
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
@@ -34,6 +35,12 @@ pub enum Statistic {
         /// The fine-tuning, if there is one; what `modules_to_save` names is trained along.
         tuning: Option<Tuning>,
     },
+    /// The [`Slopes`] of every number at the base, over these many of the examples alone: those with the highest
+    /// losses.
+    Hardest(usize),
+    /// The gradients of the adapters of [`Method::trial`], which all lie over the model together: of a batch's mean
+    /// loss, their mean over the batches.
+    Trial,
 }
 
 /// What was found at one place, on the device of the base.
@@ -45,8 +52,10 @@ pub enum Finding {
     Inputs(Moments),
     /// Of [`Statistic::Gradient`], `[fan_in, fan_out]`.
     Gradient(Tensor<2>),
-    /// Of [`Statistic::Slopes`].
+    /// Of [`Statistic::Slopes`] and [`Statistic::Hardest`].
     Slopes(Slopes),
+    /// Of [`Statistic::Trial`]: of each parameter in the order of the adapter, its numbers in a row.
+    Trial(Vec<Tensor<1>>),
 }
 
 /// Number, mean and scatter of the rows of a matrix.
@@ -149,6 +158,11 @@ pub fn survey<T: Method>(mut method: T, sites: &Sites, passes: &dyn Passes) -> R
     let looked_at = |site: &&Site| match statistic {
         Statistic::Inputs { .. } | Statistic::Gradient => site.kind == Kind::Linear,
         Statistic::Slopes { part, .. } => has(site, part),
+        Statistic::Hardest(_) | Statistic::Trial => true,
+    };
+    let examples: Vec<usize> = match statistic {
+        Statistic::Hardest(count) => hardest(passes, count, &()),
+        _ => (0..passes.examples()).collect(),
     };
     let places: Vec<&Site> = chosen.iter().copied().filter(looked_at).collect();
     let mut rest = places.as_slice();
@@ -157,7 +171,14 @@ pub fn survey<T: Method>(mut method: T, sites: &Sites, passes: &dyn Passes) -> R
         let mut found = match statistic {
             Statistic::Inputs { targets_only, even } => inputs(group, passes, targets_only, even),
             Statistic::Gradient => gradients(group, passes),
-            Statistic::Slopes { part, tuning } => slopes(group, &saved, passes, part, tuning),
+            Statistic::Slopes { part, tuning } => {
+                let along = tuning.map_or(Along::Examples(&examples), Along::Tuning);
+                slopes(group, &saved, passes, part, along, &())
+            }
+            Statistic::Trial => trial(&method, group, passes)?,
+            Statistic::Hardest(_) => {
+                slopes(group, &saved, passes, Part::Whole, Along::Examples(&examples), &())
+            }
         };
         for site in group {
             let path = &site.path;
@@ -174,20 +195,30 @@ pub fn survey<T: Method>(mut method: T, sites: &Sites, passes: &dyn Passes) -> R
     method.surveyed(&chosen)
 }
 
+/// How many of the first of `sites` [`slopes_at`](crate::slopes_at) is best shown together, so that what it sums fits
+/// into memory: at least one.
+pub fn held_together(sites: &[Site]) -> usize {
+    let sites: Vec<&Site> = sites.iter().collect();
+    fitting(&sites, Statistic::Hardest(0))
+}
+
 /// How many of `sites` are looked at together: at least one.
 fn fitting(sites: &[&Site], statistic: Statistic) -> usize {
-    if matches!(statistic, Statistic::Slopes { tuning: Some(_), .. }) {
-        return sites.len(); // one training of all
+    if matches!(statistic, Statistic::Slopes { tuning: Some(_), .. } | Statistic::Trial) {
+        return sites.len(); // one training of all, or one trial
     }
     let mut held = 0_usize;
     let fits = sites.iter().take_while(|site| {
         let [fan_in, fan_out] = [site.fan_in(), site.fan_out()];
         let numbers = match statistic {
             Statistic::Inputs { .. } => fan_in.saturating_mul(fan_in),
+            Statistic::Trial => 0,
             Statistic::Gradient => fan_in.saturating_mul(fan_out),
             Statistic::Slopes { part: Part::Bias, .. } => fan_out,
             // A gradient and two sums.
-            Statistic::Slopes { .. } => fan_in.saturating_mul(fan_out).saturating_mul(3),
+            Statistic::Slopes { .. } | Statistic::Hardest(_) => {
+                fan_in.saturating_mul(fan_out).saturating_mul(3)
+            }
         };
         held = held.saturating_add(numbers);
         held <= HELD
@@ -201,6 +232,10 @@ impl Finding {
             Self::Inputs(moments) => moments.square(),
             Self::Gradient(gradient) => gradient.clone(),
             Self::Slopes(slopes) => return slopes.is_finite(),
+            Self::Trial(gradients) => {
+                let finite = |t: &Tensor<1>| t.clone().is_finite().all().into_scalar::<bool>();
+                return gradients.iter().all(finite);
+            }
         };
         matrix.is_finite().all().into_scalar::<bool>()
     }
@@ -321,4 +356,52 @@ fn gradients(group: &[&Site], passes: &dyn Passes) -> BTreeMap<String, Finding> 
     }
     let batches = passes.batches() as f64;
     sums.into_iter().map(|(path, sum)| (path, Finding::Gradient(sum / batches))).collect()
+}
+
+/// Gradients of a module's parameters, each in a row; zeros where there is none.
+struct Flat<'a> {
+    gradients: &'a Gradients,
+    found: Vec<Tensor<1>>,
+}
+
+impl ModuleVisitor for Flat<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let value = param.val();
+        let count = value.dims().iter().product::<usize>();
+        let zeros = || value.clone().without_autodiff().zeros_like();
+        let gradient = value.grad(self.gradients).map_or_else(zeros, Tensor::without_autodiff);
+        self.found.push(gradient.reshape([count]));
+    }
+}
+
+fn trial<T: Method>(
+    method: &T,
+    group: &[&Site],
+    passes: &dyn Passes,
+) -> Result<BTreeMap<String, Finding>, Error> {
+    let mut layers = Vec::with_capacity(group.len());
+    for site in group {
+        layers.push((site.path.clone(), method.trial(site, &site.device().autodiff())?));
+    }
+    let adapters = Adapters::new(layers, []);
+    let mut sums: BTreeMap<String, Vec<Tensor<1>>> = BTreeMap::new();
+    for batch in 0..passes.batches() {
+        let loss = passes.loss(batch, &Scope::new(&adapters));
+        if !loss.is_autodiff() {
+            continue; // none lies on its way
+        }
+        let gradients = loss.backward();
+        for (path, adapter) in adapters.iter() {
+            let mut flat = Flat { gradients: &gradients, found: Vec::new() };
+            adapter.visit(&mut flat);
+            let sum = match sums.remove(path) {
+                Some(sum) => sum.into_iter().zip(flat.found).map(|(a, b)| a + b).collect(),
+                None => flat.found,
+            };
+            sums.insert(path.to_owned(), sum);
+        }
+    }
+    let batches = passes.batches() as f64;
+    let mean = |sum: Vec<Tensor<1>>| Finding::Trial(sum.into_iter().map(|t| t / batches).collect());
+    Ok(sums.into_iter().map(|(path, sum)| (path, mean(sum))).collect())
 }

@@ -1,7 +1,7 @@
 //! Heads and masks of attention.
 
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_peft_core::{Front, HIDDEN};
+use burn_peft_core::{Front, HIDDEN, Scope};
 
 /// `[batch, seq, heads · d]` → `[batch, heads, seq, d]`.
 pub(crate) fn split_heads(x: Tensor<3>, heads: usize) -> Tensor<4> {
@@ -17,19 +17,50 @@ pub(crate) fn behind(
     v: Tensor<4>,
     mask: Option<Tensor<4>>,
 ) -> (Tensor<4>, Tensor<4>, Option<Tensor<4>>) {
-    let ([_, groups, total, _], n, device) = (k.dims(), prefix.scores.len(), k.device().inner());
-    let mask = match mask {
-        None if prefix.scores.iter().all(|score| *score == 0.0) => None,
-        mask => {
-            let mask = mask.unwrap_or_else(|| Tensor::zeros([1, 1, 1, total], &device));
-            let [batch, _, rows, _] = mask.dims();
-            let scores = TensorData::new(prefix.scores.clone(), [1, 1, 1, n]);
-            let front = Tensor::<4>::from_data(scores, &device).expand([batch, 1, rows, n]);
-            Some(Tensor::cat(vec![front, mask], 3))
-        }
-    };
+    let [_, groups, total, _] = k.dims();
+    let mask = columns_behind(&prefix.scores, mask, total, &k.device().inner());
     let [keys, values] = prefix.parts.clone().map(|part| split_heads(part, groups));
     (Tensor::cat(vec![keys, k], 2), Tensor::cat(vec![values, v], 2), mask)
+}
+
+/// The mask of `total` columns with those in front of them that have these scores.
+pub(crate) fn columns_behind(
+    scores: &[f32],
+    mask: Option<Tensor<4>>,
+    total: usize,
+    device: &Device,
+) -> Option<Tensor<4>> {
+    if scores.is_empty() || (mask.is_none() && scores.iter().all(|score| *score == 0.0)) {
+        return mask;
+    }
+    let mask = mask.unwrap_or_else(|| Tensor::zeros([1, 1, 1, total], device));
+    let ([batch, _, rows, _], n) = (mask.dims(), scores.len());
+    let front = Tensor::<4>::from_data(TensorData::new(scores.to_vec(), [1, 1, 1, n]), device);
+    Some(Tensor::cat(vec![front.expand([batch, 1, rows, n]), mask], 3))
+}
+
+/// Puts `x [batch, seq, hidden]` through the blocks of an encoder, the list "layer" below `cx`, with what stands in front
+/// of each: `forward(block, x, mask, cx)` is one of them, whose tokens see all that `mask` does not hide.
+pub(crate) fn through<L>(
+    blocks: &[L],
+    mut x: Tensor<3>,
+    mask: Option<&Tensor<4>>,
+    cx: &Scope<'_>,
+    forward: impl Fn(&L, Tensor<3>, Option<Tensor<4>>, &Scope<'_>) -> Tensor<3>,
+) -> Tensor<3> {
+    let mut carried = cx.at("layer").carried();
+    for (index, block) in blocks.iter().enumerate() {
+        let (at, mask) = (cx.block("layer", index), mask.cloned());
+        let Some(Front { parts: [tokens], scores }) = carried.before(index, &x) else {
+            x = forward(block, x, mask, &at);
+            continue;
+        };
+        let ([_, seq, _], device) = (x.dims(), x.device().inner());
+        let mask = columns_behind(&scores, mask, seq, &device);
+        let at = at.behind(scores.len(), mask.clone());
+        x = carried.after(forward(block, Tensor::cat(vec![tokens, x], 1), mask, &at));
+    }
+    x
 }
 
 /// What is added to the score of a token or of padding.
@@ -89,4 +120,24 @@ pub(crate) fn causal_mask(
     }
     let shape = [batch.len(), 1, rows, total];
     Some(Tensor::from_data(TensorData::new(values, shape), device))
+}
+
+/// The mask of a decoder's `rows`, which have no past, with those above and columns before them that stand in front of a
+/// block alone and have these scores: `[batch or 1, 1, n + rows, n + rows]`. All see those; they see no later one.
+pub(crate) fn rows_above(
+    scores: &[f32],
+    mask: Option<Tensor<4>>,
+    rows: usize,
+    device: &Device,
+) -> Option<Tensor<4>> {
+    let n = scores.len();
+    let own = mask.unwrap_or_else(|| Tensor::zeros([1, 1, 1, rows], device));
+    let [batch, _, _, _] = own.dims();
+    let own = own.expand([batch, 1, rows, rows]);
+    let below = columns_behind(scores, Some(own), rows, device)?;
+    let sees = |i: usize, j: usize| if j <= i { scores[j] } else { HIDDEN };
+    let values = (0..n).flat_map(|i| (0..n + rows).map(move |j| (i, j)));
+    let values: Vec<f32> = values.map(|(i, j)| sees(i, j)).collect();
+    let above = Tensor::<4>::from_data(TensorData::new(values, [1, 1, n, n + rows]), device);
+    Some(Tensor::cat(vec![above.expand([batch, 1, n, n + rows]), below], 2))
 }

@@ -3,7 +3,7 @@
 #![allow(non_snake_case)]
 
 use crate::activation::Activation;
-use crate::attention::{behind, padding_mask, split_heads};
+use crate::attention::{behind, padding_mask, split_heads, through};
 use crate::load::{Pretrained, linear, plausible, table};
 use crate::{Classes, Classifier, Tokens};
 use burn::module::Module;
@@ -201,7 +201,7 @@ impl BertLayer {
             None => (k, v, mask),
         };
         let mixed = attention(q.clone(), k, v, mask);
-        let mixed = at.attention(&q, &own.key, &own.value, mixed);
+        let mixed = at.attention(&x, &q, &own.key, &own.value, mixed);
         let h = self.attention.output.forward(mixed, x.clone(), &cx.at("attention.output"));
         let wide = cx.at("intermediate.dense").linear(&self.intermediate.dense, h.clone());
         let y = self.output.forward(self.activation.apply(wide), h, &cx.at("output"));
@@ -272,7 +272,9 @@ impl BertModel {
         let mut embedded = words.embedding(&parts.word_embeddings, ids(&tokens.ids));
         embedded = words.positional(embedded, || ids(&tokens.positions(0..0, 0, 0)));
         let mut front = Vec::new();
-        if let Some(Front { parts: [prompt], scores }) = words.prompt(&embedded) {
+        if let Some(Front { parts: [prompt], scores }) =
+            words.prompt(&embedded, || tokens.seen(0, &[], None, &device))
+        {
             embedded = Tensor::cat(vec![prompt, embedded], 1);
             front = scores;
         }
@@ -289,12 +291,8 @@ impl BertModel {
         let cx = &cx.reading(tokens.seen(n, &[], mask.clone(), &device));
         let at = cx.at("embeddings");
         let y = at.at("LayerNorm").layer_norm(&parts.LayerNorm, parts.epsilon, sum.clone());
-        let mut x = at.hidden(Hidden::block(sum, y));
-        let at = cx.at("encoder");
-        for (index, layer) in self.encoder.layer.iter().enumerate() {
-            x = layer.forward(x, mask.clone(), &at.block("layer", index));
-        }
-        x
+        let x = at.hidden(Hidden::block(sum, y));
+        through(&self.encoder.layer, x, mask.as_ref(), &cx.at("encoder"), BertLayer::forward)
     }
 
     /// `tanh` of a projection of the first token, `[batch, hidden]`: of the first virtual one where a prompt

@@ -1,5 +1,7 @@
 //! Keys and values that generation keeps.
 
+use crate::Tokens;
+use crate::attention::score;
 use burn::tensor::Tensor;
 use burn_peft_core::Front;
 
@@ -7,10 +9,14 @@ use burn_peft_core::Front;
 #[derive(Debug, Clone, Default)]
 pub struct KvCache {
     layers: Vec<Cached>,
+    /// Those of an encoder's output, which stay.
+    encoded: Vec<Cached>,
     /// What is added to the score of each token held, a row of the batch.
     pub(crate) scores: Vec<Vec<f32>>,
     /// The id of each token held, a row of the batch.
     pub(crate) ids: Vec<Vec<i32>>,
+    /// What is added to the scores of virtual tokens that stand in front of a block alone, for each block.
+    pub(crate) carried: Vec<Vec<f32>>,
 }
 
 /// Of one block.
@@ -31,6 +37,42 @@ impl KvCache {
     /// Whether nothing was read yet.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// What is added to the score of each token held and, behind those, of `front` and of `tokens`.
+    pub(crate) fn scores_with(
+        cache: Option<&Self>,
+        tokens: &Tokens,
+        front: &[f32],
+    ) -> Vec<Vec<f32>> {
+        let held = cache.filter(|cache| !cache.is_empty()).map(|cache| cache.scores.clone());
+        let mut scores = held.unwrap_or_else(|| vec![Vec::new(); tokens.batch]);
+        for (row, mask) in scores.iter_mut().zip(tokens.mask.chunks(tokens.seq)) {
+            row.extend(front.iter().copied().chain(mask.iter().map(|&kept| score(kept))));
+        }
+        scores
+    }
+
+    /// Takes note of what was read: the scores of all, and the ids of the newest, `[batch · rows]`.
+    pub(crate) fn hold(&mut self, scores: Vec<Vec<f32>>, ids: &[i32]) {
+        let rows = ids.len() / scores.len().max(1);
+        self.ids.resize(scores.len(), Vec::new());
+        for (row, ids) in self.ids.iter_mut().zip(ids.chunks(rows.max(1))) {
+            row.extend(ids);
+        }
+        self.scores = scores;
+    }
+
+    /// The block's keys and values of an encoder's output, made once.
+    pub(crate) fn encoded(&mut self, block: usize, make: impl FnOnce() -> Cached) -> Cached {
+        match self.encoded.get(block) {
+            Some(held) => held.clone(),
+            None => {
+                let made = make();
+                self.encoded.push(made.clone());
+                made
+            }
+        }
     }
 
     /// The block's keys and values with new ones behind them, and what stands in front of all.

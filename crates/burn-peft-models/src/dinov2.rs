@@ -2,6 +2,7 @@
 //! `transformers` are.
 
 use crate::activation::Activation;
+use crate::attention::through;
 use crate::load::{Pretrained, linear};
 use crate::patches::{Sizes, ViTEmbeddings, ViTSelfAttention};
 use crate::{Classes, Classifier, Images};
@@ -186,11 +187,11 @@ impl Dinov2Layer {
         })
     }
 
-    fn forward(&self, x: Tensor<3>, cx: &Scope<'_>) -> Tensor<3> {
+    fn forward(&self, x: Tensor<3>, mask: Option<Tensor<4>>, cx: &Scope<'_>) -> Tensor<3> {
         let norm = |name: &str, layer, x| cx.at(name).layer_norm(layer, self.epsilon, x);
         let normed = norm("norm1", &self.norm1, x.clone()); // [b, s, h]
         let own = &self.attention;
-        let mixed = own.attention.forward(normed, &cx.at("attention.attention"));
+        let mixed = own.attention.forward(normed, mask, &cx.at("attention.attention"));
         let y = cx.at("attention.output.dense").linear(&own.output.dense, mixed);
         let h = self.layer_scale1.forward(y, x.clone(), &cx.at("layer_scale1"));
         let normed = norm("norm2", &self.norm2, h.clone());
@@ -218,11 +219,9 @@ impl Dinov2Model {
     /// Hidden states of the last block after their norm, `[batch, 1 + patches, hidden]`, the class token's first.
     pub fn forward(&self, images: &Images, cx: &Scope<'_>) -> Tensor<3> {
         let pixels = images.tensor(&self.embeddings.device());
-        let mut x = self.embeddings.forward(pixels, &cx.at("embeddings"));
-        let at = cx.at("encoder");
-        for (index, layer) in self.encoder.layer.iter().enumerate() {
-            x = layer.forward(x, &at.block("layer", index));
-        }
+        let cx = &cx.over(self.embeddings.grid(&pixels));
+        let x = self.embeddings.forward(pixels, &cx.at("embeddings"));
+        let x = through(&self.encoder.layer, x, None, &cx.at("encoder"), Dinov2Layer::forward);
         cx.at("layernorm").layer_norm(&self.layernorm, self.epsilon, x)
     }
 }

@@ -1,6 +1,7 @@
 //! Text generation.
 
-use crate::{KvCache, LlamaForCausalLM, Tokens};
+use crate::{KvCache, LlamaForCausalLM, T5ForConditionalGeneration, Tokens};
+use burn::module::Module;
 use burn::tensor::Tensor;
 use burn_peft_core::{Error, Scope, Sites};
 use rand::rngs::ChaCha8Rng;
@@ -97,22 +98,75 @@ pub fn generate(
     cx: &Scope<'_>,
     prompt: &[u32],
     sampling: &Sampling,
-    mut each: impl FnMut(u32) -> bool,
+    each: impl FnMut(u32) -> bool,
 ) -> Result<Vec<u32>, Error> {
     sampling.check()?;
-    let mut tokens = Tokens::row(prompt);
-    model.check(&tokens, cx)?;
-    let mut rng = ChaCha8Rng::seed_from_u64(sampling.seed);
+    model.check(&Tokens::row(prompt), cx)?;
+    let mut cache = cache(model, cx);
+    let room = model.max_positions() - prompt.len() - model.virtual_tokens(cx);
+    let logits = |new: &[u32]| {
+        let tokens = next_tokens(prompt, new, cache.is_some());
+        model.logits(last(model.hidden(&tokens, cx, cache.as_mut())), cx)
+    };
+    extend(sampling, room, logits, each)
+}
+
+/// Writes an answer to `input`, as [`generate`] continues a prompt; T5 has no last position.
+///
+/// # Errors
+/// As [`generate`].
+pub fn generate_seq2seq(
+    model: &T5ForConditionalGeneration,
+    cx: &Scope<'_>,
+    input: &[u32],
+    sampling: &Sampling,
+    each: impl FnMut(u32) -> bool,
+) -> Result<Vec<u32>, Error> {
+    sampling.check()?;
+    let input = Tokens::row(input);
+    model.check(&input, cx)?;
+    let encoded = model.encode(&input, cx);
+    let mut cache = cache(model, cx);
+    let start = [model.start()];
+    let logits = |new: &[u32]| {
+        let tokens = next_tokens(&start, new, cache.is_some());
+        model.logits(last(model.hidden(&tokens, &encoded, cx, cache.as_mut())), cx)
+    };
+    extend(sampling, usize::MAX, logits, each)
+}
+
+/// A cache, unless something over the model reads whole sequences.
+fn cache<M: Module>(model: &M, cx: &Scope<'_>) -> Option<KvCache> {
     let sites = Sites::of(model, None);
     let whole = sites.places().any(|site| cx.at(&site.path).whole_sequence());
-    let mut cache = (!whole).then(KvCache::default);
+    (!whole).then(KvCache::default)
+}
+
+/// What the model is to read: all so far, or with a cache what it has not read.
+fn next_tokens(begin: &[u32], new: &[u32], cached: bool) -> Tokens {
+    match new {
+        [.., newest] if cached => Tokens::row(&[*newest]),
+        _ => Tokens::row(&[begin, new].concat()),
+    }
+}
+
+/// States of the last token, `[1, 1, h]`.
+fn last(hidden: Tensor<3>) -> Tensor<3> {
+    let [_, seq, _] = hidden.dims();
+    hidden.narrow(1, seq - 1, 1)
+}
+
+/// New tokens, at most `room`, each chosen by what `logits` makes of those before.
+fn extend(
+    sampling: &Sampling,
+    room: usize,
+    mut logits: impl FnMut(&[u32]) -> Tensor<3>,
+    mut each: impl FnMut(u32) -> bool,
+) -> Result<Vec<u32>, Error> {
+    let mut rng = ChaCha8Rng::seed_from_u64(sampling.seed);
     let mut new = Vec::new();
-    let room = model.max_positions() - prompt.len() - model.virtual_tokens(cx);
     while new.len() < sampling.max_new_tokens.min(room) {
-        let hidden = model.hidden(&tokens, cx, cache.as_mut()); // [1, s, h]
-        let [_, seq, width] = hidden.dims();
-        let last: Tensor<3> = hidden.slice([0..1, seq - 1..seq, 0..width]);
-        let logits = model.logits(last, cx).into_data().convert::<f32>();
+        let logits = logits(&new).into_data().convert::<f32>();
         let logits = logits.as_slice::<f32>().unwrap_or_default();
         let Some(next) = sampling.choose(logits, &mut rng) else {
             let reason =
@@ -126,10 +180,6 @@ pub fn generate(
         if !each(next) {
             break;
         }
-        tokens = match cache {
-            Some(_) => Tokens::row(&[next]),
-            None => Tokens::row(&[prompt, &new].concat()),
-        };
     }
     Ok(new)
 }

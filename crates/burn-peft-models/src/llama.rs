@@ -1,9 +1,10 @@
 //! The Llama family (arXiv 2302.13971), laid out as in `transformers`.
 
 use crate::Tokens;
-use crate::attention::{behind, causal_mask, score, split_heads};
+use crate::attention::{behind, causal_mask, columns_behind, rows_above, split_heads};
 use crate::cache::{Cached, KvCache};
 use crate::load::{Pretrained, linear, plausible, table};
+use crate::output::Output;
 use burn::module::Module;
 use burn::nn::{Embedding, Linear, RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -76,6 +77,9 @@ pub struct RopeScaling {
     pub original_max_position_embeddings: Option<f64>,
 }
 
+/// Cosines and sines.
+type Tables = (Tensor<4>, Tensor<4>);
+
 /// Rotary position embeddings (arXiv 2104.09864): frequencies `θ^(-2i/d)`, stretched as the
 /// configuration says.
 #[derive(Debug, Clone, PartialEq)]
@@ -136,12 +140,7 @@ impl Rope {
     }
 
     /// Cosines and sines for positions `[batch · seq]`: each `[batch, 1, seq, d]`, both halves alike.
-    fn tables(
-        &self,
-        positions: &[i32],
-        [batch, seq]: [usize; 2],
-        device: &Device,
-    ) -> (Tensor<4>, Tensor<4>) {
+    fn tables(&self, positions: &[i32], [batch, seq]: [usize; 2], device: &Device) -> Tables {
         let d = 2 * self.frequencies.len();
         let table = |f: fn(f64) -> f64| {
             let mut values = Vec::with_capacity(positions.len() * d);
@@ -152,6 +151,16 @@ impl Rope {
             Tensor::from_data(TensorData::new(values, [batch, 1, seq, d]), device)
         };
         (table(f64::cos), table(f64::sin))
+    }
+
+    /// With `n` positions below 0 before those of these tables: what stands in front of a block alone moves nobody.
+    fn before(&self, n: usize, tables: Tables) -> Tables {
+        let [batch, _, _, d] = tables.0.dims();
+        let positions: Vec<i32> = (-(n as i32)..0).collect();
+        let front = self.tables(&positions, [1, n], &tables.0.device());
+        let join =
+            |front: Tensor<4>, own| Tensor::cat(vec![front.expand([batch, 1, n, d]), own], 2);
+        (join(front.0, tables.0), join(front.1, tables.1))
     }
 }
 
@@ -246,7 +255,7 @@ impl LlamaLayer {
     fn forward(
         &self,
         x: Tensor<3>,
-        tables: &(Tensor<4>, Tensor<4>),
+        tables: &Tables,
         mask: Option<Tensor<4>>,
         cache: Option<(&mut KvCache, usize)>,
         cx: &Scope<'_>,
@@ -269,7 +278,7 @@ impl LlamaLayer {
             None => (k, v, mask),
         };
         let mixed = attention(q.clone(), k, v, mask);
-        let mixed = at.attention(&q, &own.k_proj, &own.v_proj, mixed);
+        let mixed = at.attention(&norm, &q, &own.k_proj, &own.v_proj, mixed);
         let y = at.at("o_proj").linear(&own.o_proj, mixed);
         let h = x.clone() + at.hidden(Hidden::sublayer(&x, y));
 
@@ -343,20 +352,13 @@ impl LlamaModel {
         let mut x = words.embedding(&self.embed_tokens, ids);
         let read = past.saturating_sub(words.virtual_tokens()); // of the sequence's own
         x = words.positional(x, || tokens.tensor(&tokens.positions(0..0, read, 0), &device));
-        let mut scores = match &cache {
-            Some(cache) if past > 0 => cache.scores.clone(),
-            _ => vec![Vec::new(); tokens.batch],
-        };
-        let mut n = 0;
-        if let Some(front) = if past == 0 { words.prompt(&x) } else { None } {
-            let Front { parts: [prompt], scores: own } = front;
-            x = Tensor::cat(vec![prompt, x], 1);
-            n = own.len();
-            scores.fill(own);
+        let mut front = Vec::new();
+        let prompt = || words.prompt(&x, || tokens.seen(0, &[], None, &device));
+        if let Some(Front { parts: [prompt], scores }) = (past == 0).then(prompt).flatten() {
+            (x, front) = (Tensor::cat(vec![prompt, x], 1), scores);
         }
-        for (row, mask) in scores.iter_mut().zip(tokens.mask.chunks(tokens.seq)) {
-            row.extend(mask.iter().map(|&kept| score(kept)));
-        }
+        let scores = KvCache::scores_with(cache.as_deref(), tokens, &front);
+        let n = front.len();
         let rows = n + tokens.seq;
         let mask = causal_mask(&scores, rows, tokens.segments.as_deref(), &device);
         let first = Self::prefix(cx);
@@ -365,17 +367,31 @@ impl LlamaModel {
         let tables = self.rope.tables(&positions, [tokens.batch, rows], &device);
         let held = cache.as_ref().map_or(&[][..], |cache| cache.ids.as_slice());
         let cx = &cx.reading(tokens.seen(n, held, mask.clone(), &device));
+        let mut carried = cx.at("layers").carried();
         for (index, layer) in self.layers.iter().enumerate() {
+            let (mut at, mut mask, mut tables) =
+                (cx.block("layers", index), mask.clone(), tables.clone());
+            if past > 0 {
+                let held = cache.as_ref().and_then(|cache| cache.carried.get(index));
+                let (held, total) = (held.map_or(&[][..], Vec::as_slice), past + rows);
+                mask = columns_behind(held, mask, total, &device);
+            } else {
+                let mut front = Vec::new();
+                if let Some(Front { parts: [tokens], scores }) = carried.before(index, &x) {
+                    mask = rows_above(&scores, mask, rows, &device);
+                    at = at.behind(scores.len(), mask.clone());
+                    tables = self.rope.before(scores.len(), tables);
+                    (x, front) = (Tensor::cat(vec![tokens, x], 1), scores);
+                }
+                if let Some(cache) = &mut cache {
+                    cache.carried.push(front);
+                }
+            }
             let cache = cache.as_deref_mut().map(|cache| (cache, index));
-            x = layer.forward(x, &tables, mask.clone(), cache, &cx.block("layers", index));
+            x = carried.after(layer.forward(x, &tables, mask, cache, &at));
         }
         if let Some(cache) = cache {
-            cache.scores = scores;
-            cache.ids.resize(tokens.batch, Vec::new());
-            let read = tokens.behind(n, -1, &tokens.ids);
-            for (row, ids) in cache.ids.iter_mut().zip(read.chunks(rows)) {
-                row.extend(ids);
-            }
+            cache.hold(scores, &tokens.behind(n, -1, &tokens.ids));
         }
         let x = if n == 0 { x } else { x.narrow(1, n, tokens.seq) };
         cx.at("norm").rms_norm(&self.norm, x)
@@ -428,15 +444,13 @@ impl LlamaForCausalLM {
         self.model.forward(tokens, &cx.at("model"), cache)
     }
 
+    fn output(&self) -> Output<'_> {
+        Output { head: self.lm_head.as_ref(), table: &self.model.embed_tokens }
+    }
+
     /// Logits of hidden states: `[batch, seq, hidden]` → `[batch, seq, vocab]`.
     pub fn logits(&self, hidden: Tensor<3>, cx: &Scope<'_>) -> Tensor<3> {
-        match &self.lm_head {
-            Some(head) => cx.at("lm_head").linear(head, hidden),
-            None => {
-                let table = self.model.embed_tokens.weight.val(); // [vocab, hidden]
-                burn_peft_kernels::linear(hidden, table.transpose(), None)
-            }
-        }
+        self.output().logits(hidden, cx)
     }
 
     /// Cross-entropy of the logits of hidden states `[n, hidden]` with a token each: the sum, and how many have it
@@ -447,20 +461,7 @@ impl LlamaForCausalLM {
         targets: Vec<i32>,
         cx: &Scope<'_>,
     ) -> (Tensor<1>, Tensor<1, Int>) {
-        let weight = match &self.lm_head {
-            None => Some(self.model.embed_tokens.weight.val().transpose()), // [hidden, vocab]
-            Some(head) if head.bias.is_none() && cx.at("lm_head").is_bare() => {
-                Some(head.weight.val())
-            }
-            Some(_) => None,
-        };
-        match weight {
-            Some(weight) => burn_peft_kernels::cross_entropy(hidden, weight, targets),
-            None => {
-                let logits = self.logits(hidden.unsqueeze_dim(0), cx).squeeze_dim(0); // [n, vocab]
-                burn_peft_kernels::composed::cross_entropy(logits, targets)
-            }
-        }
+        self.output().cross_entropy(hidden, targets, cx)
     }
 
     /// Logits `[batch, seq, vocab]`.

@@ -14,13 +14,26 @@ use std::path::{Path, PathBuf};
 pub(crate) fn plausible(sizes: &[(&str, usize)]) -> Result<(), Error> {
     const MOST: usize = 1 << 24;
     for (field, size) in sizes {
-        let most = if *field == "num_hidden_layers" { 1 << 12 } else { MOST };
+        let most = if field.ends_with("_layers") { 1 << 12 } else { MOST };
         if *size == 0 || *size > most {
             let reason = format!("expected a number from 1 to {most}, found {size}");
             return Err(Error::config(*field, reason));
         }
     }
     Ok(())
+}
+
+/// What [`Pretrained::read_config`] does unless a model must look at more than `config.json`.
+pub(crate) fn config_of<M: Pretrained>(folder: &Path) -> Result<M::Config, Error> {
+    let path = folder.join("config.json");
+    let found = model_type(folder)?;
+    if found != M::MODEL_TYPE {
+        let reason = format!("model_type: expected {}, found {found}", M::MODEL_TYPE);
+        return Err(Error::format(path, reason));
+    }
+    let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+    serde_json::from_str(&text)
+        .map_err(|e| Error::format(&path, format!("is not a {found} configuration: {e}")))
 }
 
 /// In which precision the weights are held.
@@ -62,15 +75,7 @@ pub trait Pretrained: Module + ModuleDisplay + Sync + 'static {
     /// # Errors
     /// A missing or malformed file, or one of another architecture.
     fn read_config(folder: &Path) -> Result<Self::Config, Error> {
-        let path = folder.join("config.json");
-        let found = model_type(folder)?;
-        if found != Self::MODEL_TYPE {
-            let reason = format!("model_type: expected {}, found {found}", Self::MODEL_TYPE);
-            return Err(Error::format(path, reason));
-        }
-        let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
-        serde_json::from_str(&text)
-            .map_err(|e| Error::format(&path, format!("is not a {found} configuration: {e}")))
+        config_of::<Self>(folder)
     }
 
     /// Loads the model from a folder to the plain `device`. `edit` changes the configuration

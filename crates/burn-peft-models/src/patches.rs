@@ -6,7 +6,7 @@ use burn::module::{Module, Param};
 use burn::nn::conv::{Conv2d, Conv2dConfig};
 use burn::nn::{Initializer, LayerNorm, LayerNormConfig, Linear};
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_peft_core::{Error, Hidden, HiddenPlace, Scope};
+use burn_peft_core::{Error, Grid, Hidden, HiddenPlace, Scope};
 use burn_peft_kernels::attention;
 
 /// The sizes by which they differ.
@@ -94,6 +94,13 @@ impl ViTEmbeddings {
         self.cls_token.device()
     }
 
+    /// Where the patches of `pixels [batch, channels, height, width]` lie.
+    pub(crate) fn grid(&self, pixels: &Tensor<4>) -> Grid {
+        let [_, _, height, width] = pixels.dims();
+        let [_, _, high, wide] = self.patch_embeddings.projection.weight.dims();
+        Grid { first: 1, rows: height / high, columns: width / wide }
+    }
+
     /// `pixels [batch, channels, height, width]`.
     pub(crate) fn forward(&self, pixels: Tensor<4>, cx: &Scope<'_>) -> Tensor<3> {
         let at = cx.at("patch_embeddings.projection");
@@ -148,7 +155,7 @@ fn bicubic(from: usize, to: usize) -> Vec<f32> {
     weights
 }
 
-/// Queries, keys and values, none of which is hidden from another.
+/// Queries, keys and values, none of which is hidden from another unless something in front of them is.
 #[derive(Module, Debug)]
 pub(crate) struct ViTSelfAttention {
     query: Linear,
@@ -165,16 +172,21 @@ impl ViTSelfAttention {
     }
 
     /// What it mixes out of the normed stream `x [batch, seq, hidden]`.
-    pub(crate) fn forward(&self, x: Tensor<3>, cx: &Scope<'_>) -> Tensor<3> {
+    pub(crate) fn forward(
+        &self,
+        x: Tensor<3>,
+        mask: Option<Tensor<4>>,
+        cx: &Scope<'_>,
+    ) -> Tensor<3> {
         let q = cx.at("query").linear(&self.query, x.clone());
         let k = cx.at("key").linear(&self.key, x.clone());
         let v = cx.at("value").linear(&self.value, x.clone());
         let [q, k, v] = [q, k, v].map(|part| split_heads(part, self.heads)); // [b, n, s, d]
         let (k, v, mask) = match cx.prefix(&x) {
-            Some(prefix) => behind(&prefix, k, v, None),
-            None => (k, v, None),
+            Some(prefix) => behind(&prefix, k, v, mask),
+            None => (k, v, mask),
         };
         let mixed = attention(q.clone(), k, v, mask);
-        cx.attention(&q, &self.key, &self.value, mixed)
+        cx.attention(&x, &q, &self.key, &self.value, mixed)
     }
 }

@@ -1,6 +1,7 @@
 //! ViT (arXiv 2010.11929), laid out as the checkpoints of `transformers` are.
 
 use crate::activation::Activation;
+use crate::attention::through;
 use crate::load::{Pretrained, linear};
 use crate::patches::{Sizes, ViTEmbeddings, ViTSelfAttention};
 use crate::{Classes, Classifier, Images};
@@ -159,10 +160,10 @@ impl ViTLayer {
         })
     }
 
-    fn forward(&self, x: Tensor<3>, cx: &Scope<'_>) -> Tensor<3> {
+    fn forward(&self, x: Tensor<3>, mask: Option<Tensor<4>>, cx: &Scope<'_>) -> Tensor<3> {
         let norm = |name: &str, layer, x| cx.at(name).layer_norm(layer, self.epsilon, x);
         let normed = norm("layernorm_before", &self.layernorm_before, x.clone()); // [b, s, h]
-        let mixed = self.attention.attention.forward(normed, &cx.at("attention.attention"));
+        let mixed = self.attention.attention.forward(normed, mask, &cx.at("attention.attention"));
         let h = self.attention.output.forward(mixed, x.clone(), &cx.at("attention.output"));
         let normed = norm("layernorm_after", &self.layernorm_after, h.clone());
         let wide = cx.at("intermediate.dense").linear(&self.intermediate.dense, normed);
@@ -187,11 +188,9 @@ impl ViTModel {
     /// Hidden states of the last block after their norm, `[batch, 1 + patches, hidden]`, the class token's first.
     pub fn forward(&self, images: &Images, cx: &Scope<'_>) -> Tensor<3> {
         let pixels = images.tensor(&self.embeddings.device());
-        let mut x = self.embeddings.forward(pixels, &cx.at("embeddings"));
-        let at = cx.at("encoder");
-        for (index, layer) in self.encoder.layer.iter().enumerate() {
-            x = layer.forward(x, &at.block("layer", index));
-        }
+        let cx = &cx.over(self.embeddings.grid(&pixels));
+        let x = self.embeddings.forward(pixels, &cx.at("embeddings"));
+        let x = through(&self.encoder.layer, x, None, &cx.at("encoder"), ViTLayer::forward);
         cx.at("layernorm").layer_norm(&self.layernorm, self.epsilon, x)
     }
 }

@@ -1,12 +1,14 @@
 //! Models against what `transformers` computes on the same folders (`interop/fixtures.py`).
 
+mod seq2seq;
+
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use burn_peft_core::{Kind, Laid, Overlay, Scope, Sites, TensorFile, write_tensors};
 use burn_peft_models::{
     BertForSequenceClassification, Classifier, Dinov2ForImageClassification, Images, KvCache,
-    LlamaForCausalLM, Loaded, Precision, Pretrained, Sampling, Tokens, ViTForImageClassification,
-    generate, save_model,
+    LlamaForCausalLM, Loaded, Precision, Pretrained, Sampling, T5ForConditionalGeneration, Tokens,
+    ViTForImageClassification, generate, save_model,
 };
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -52,7 +54,12 @@ fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 #[track_caller]
 fn close(found: &[f32], expected: &[f32]) {
     assert_eq!(found.len(), expected.len());
-    let far = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    let far = found
+        .iter()
+        .zip(expected)
+        .map(|(a, b)| (a - b).abs())
+        .max_by(f32::total_cmp)
+        .unwrap_or_default();
     assert!(far <= BOUND, "differs by {far}");
 }
 
@@ -223,6 +230,7 @@ fn sites_bear_the_checkpoints_names() {
     same::<BertForSequenceClassification>("bert");
     same::<ViTForImageClassification>("vit");
     same::<Dinov2ForImageClassification>("dinov2");
+    same::<T5ForConditionalGeneration>("t5-gated");
 }
 
 /// Takes note of the places that a forward pass asks for.
@@ -235,31 +243,32 @@ impl Overlay for Visited {
     }
 }
 
+fn same_places<M: Pretrained>(name: &str, forward: impl Fn(&M, &Scope<'_>)) {
+    let model: M = load(&fixture(name)).model;
+    let visited = Visited::default();
+    forward(&model, &Scope::new(&visited));
+    let sites = Sites::of(&model, Some(M::OUTPUT));
+    let found: BTreeSet<String> = sites.places().map(|site| site.path.clone()).collect();
+    assert_eq!(visited.0.into_inner().expect("is whole"), found, "{name}");
+    let hidden = sites.all.iter().filter(|site| site.kind == Kind::Hidden);
+    assert!(hidden.clone().count() > 5 && hidden.clone().all(|site| site.fan_out() == 32));
+}
+
 #[test]
 fn a_forward_pass_visits_the_places_that_are_found() {
-    fn same<M: Pretrained>(name: &str, forward: impl Fn(&M, &Scope<'_>)) {
-        let model: M = load(&fixture(name)).model;
-        let visited = Visited::default();
-        forward(&model, &Scope::new(&visited));
-        let sites = Sites::of(&model, Some(M::OUTPUT));
-        let found: BTreeSet<String> = sites.places().map(|site| site.path.clone()).collect();
-        assert_eq!(visited.0.into_inner().expect("is whole"), found, "{name}");
-        let hidden = sites.all.iter().filter(|site| site.kind == Kind::Hidden);
-        assert!(hidden.clone().count() > 5 && hidden.clone().all(|site| site.fan_out() == 32));
-    }
     let images = Images { pixels: vec![0.5; 3 * 12 * 12], batch: 1, shape: [3, 12, 12] };
-    same::<ViTForImageClassification>("vit", |model, cx| {
+    same_places::<ViTForImageClassification>("vit", |model, cx| {
         model.forward(&images, cx);
     });
-    same::<Dinov2ForImageClassification>("dinov2", |model, cx| {
+    same_places::<Dinov2ForImageClassification>("dinov2", |model, cx| {
         model.forward(&images, cx);
     });
     let tokens = Tokens::row(&[5, 40, 17]);
-    same::<BertForSequenceClassification>("bert", |model, cx| {
+    same_places::<BertForSequenceClassification>("bert", |model, cx| {
         model.forward(&tokens, cx);
     });
     for name in LLAMAS {
-        same::<LlamaForCausalLM>(name, |model, cx| {
+        same_places::<LlamaForCausalLM>(name, |model, cx| {
             model.forward(&tokens, cx);
         });
     }

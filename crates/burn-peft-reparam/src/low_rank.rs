@@ -205,6 +205,15 @@ macro_rules! faces_by_lora {
                 self.lora().linear(layer, &x, y)
             }
 
+            fn linear_whole(
+                &self,
+                layer: &::burn::nn::Linear,
+                x: &Tensor<3>,
+            ) -> Option<Tensor<3>> {
+                let drops = $crate::common::drops(&self.dropout, &self.$($trained).+.val());
+                (!drops).then(|| self.lora().linear_whole(layer, x)).flatten()
+            }
+
             fn embedding(
                 &self,
                 layer: &::burn::nn::Embedding,

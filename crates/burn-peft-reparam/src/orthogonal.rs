@@ -190,7 +190,8 @@ mod tests {
     }
 
     fn is_near(a: &[f64], b: &[f64], bound: f64) {
-        let far = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        let far =
+            a.iter().zip(b).map(|(a, b)| (a - b).abs()).max_by(f64::total_cmp).unwrap_or_default();
         assert!(a.len() == b.len() && far < bound, "{far}");
     }
 

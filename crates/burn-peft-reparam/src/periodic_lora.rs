@@ -381,7 +381,12 @@ mod tests {
                 let Some(adjusted) = adjusted else { continue };
                 ended.push(step);
                 let [before, after] = [&adapters, &adjusted].map(|a| numbers(delta(at(a)).inner()));
-                let far = before.iter().zip(&after).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                let far = before
+                    .iter()
+                    .zip(&after)
+                    .map(|(a, b)| (a - b).abs())
+                    .max_by(f32::total_cmp)
+                    .unwrap_or_default();
                 assert!(far < 1e-5, "differs by {far}");
                 let (old, new) = (at(&adapters), at(&adjusted));
                 assert!(old.plora_a.id != new.plora_a.id && old.plora_b.id != new.plora_b.id);

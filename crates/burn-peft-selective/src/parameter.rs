@@ -86,14 +86,18 @@ impl Parameter {
 
     /// The places in our order of numbers counted in the checkpoint's, as a constant.
     pub(crate) fn places(self, site: &Site, indices: &[u32], device: &Device) -> Tensor<1, Int> {
-        let (fan_in, fan_out) = (site.fan_in(), site.fan_out());
-        let place = |at: &u32| match self.turned(site) {
-            true => (*at as usize % fan_in * fan_out + *at as usize / fan_in) as i32,
-            false => *at as i32,
-        };
-        let places: Vec<i32> = indices.iter().map(place).collect();
+        let places: Vec<i32> = indices.iter().map(|at| self.place(site, *at) as i32).collect();
         let count = places.len();
         Tensor::from_data(TensorData::new(places, [count]), &device.clone().inner())
+    }
+
+    /// The place of one of them.
+    pub(crate) fn place(self, site: &Site, index: u32) -> usize {
+        let (fan_in, fan_out) = (site.fan_in(), site.fan_out());
+        match self.turned(site) {
+            true => index as usize % fan_in * fan_out + index as usize / fan_in,
+            false => index as usize,
+        }
     }
 
     /// The inverse of [`Parameter::places`].

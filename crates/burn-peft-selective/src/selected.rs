@@ -47,17 +47,30 @@ pub struct SelectedAdapter {
 
 /// A frozen norm's parameters.
 #[derive(Module, Debug)]
-struct Norm {
+pub(crate) struct Norm {
     scale: Tensor<1>,
     shift: Option<Tensor<1>>,
 }
 
-fn norm_of(site: &Site) -> Option<Norm> {
-    match (&site.weight, site.kind) {
-        (Value::D1(scale), Kind::Norm) => {
-            Some(Norm { scale: scale.clone(), shift: site.bias.clone() })
+impl Norm {
+    /// The norm at `site`, if one stands there.
+    pub(crate) fn of(site: &Site) -> Option<Self> {
+        match (&site.weight, site.kind) {
+            (Value::D1(scale), Kind::Norm) => {
+                Some(Self { scale: scale.clone(), shift: site.bias.clone() })
+            }
+            _ => None,
         }
-        _ => None,
+    }
+
+    /// Its parameters with these differences, where there are some.
+    pub(crate) fn moved(&self, by: &impl Fold) -> (Option<Tensor<1>>, Option<Tensor<1>>) {
+        let moved = |base: &Tensor<1>, delta: Option<Tensor<1>>| {
+            let delta = delta?;
+            Some((base.clone().cast(delta.dtype()) + delta).cast(base.dtype()))
+        };
+        let shift = self.shift.as_ref().and_then(|b| moved(b, by.bias(b)));
+        (moved(&self.scale, by.vector(&self.scale)), shift)
     }
 }
 
@@ -73,7 +86,7 @@ impl SelectedAdapter {
             Ok(Some(Entries::zeros(parameter, site, chosen, device)))
         };
         let (weight, bias) = (entries(Parameter::Weight)?, entries(Parameter::Bias)?);
-        Ok(Self { weight, bias, norm: norm_of(site) })
+        Ok(Self { weight, bias, norm: Norm::of(site) })
     }
 
     fn entries(&self, parameter: Parameter) -> Option<&Entries> {
@@ -129,7 +142,7 @@ impl SelectedAdapter {
             Ok(Some(Entries { values: Param::from_tensor(values), places }))
         };
         let (weight, bias) = (entries(Parameter::Weight, WEIGHT)?, entries(Parameter::Bias, BIAS)?);
-        Ok(Self { weight, bias, norm: norm_of(site) })
+        Ok(Self { weight, bias, norm: Norm::of(site) })
     }
 }
 
@@ -153,11 +166,7 @@ pub(crate) fn fits(site: &Site, parameter: Parameter, chosen: &Chosen) -> Result
 
 impl Adapter for SelectedAdapter {
     fn linear(&self, layer: &Linear, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
-        if self.weight.is_some() {
-            return self.linear_whole(layer, x).map(|whole| whole - y.clone());
-        }
-        let delta = Fold::bias(self, &layer.bias.as_ref()?.val())?;
-        Some(delta.unsqueeze::<3>().expand(y.dims()).cast(y.dtype()))
+        linear(self, layer, x, y)
     }
 
     fn linear_whole(&self, layer: &Linear, x: &Tensor<3>) -> Option<Tensor<3>> {
@@ -174,28 +183,56 @@ impl Adapter for SelectedAdapter {
     }
 
     fn conv1d(&self, layer: &Conv1d, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
-        let [_, channels, _] = y.dims();
-        let bias = layer.bias.as_ref().and_then(|b| Fold::bias(self, &b.val()));
-        let bias = bias.map(|b| b.reshape([1, channels, 1]).expand(y.dims()));
-        sum(composed::conv1d(self, layer, x), bias)
+        conv1d(self, layer, x, y)
     }
 
     fn conv2d(&self, layer: &Conv2d, x: &Tensor<4>, y: &Tensor<4>) -> Option<Tensor<4>> {
-        let [_, channels, _, _] = y.dims();
-        let bias = layer.bias.as_ref().and_then(|b| Fold::bias(self, &b.val()));
-        let bias = bias.map(|b| b.reshape([1, channels, 1, 1]).expand(y.dims()));
-        sum(composed::conv2d(self, layer, x), bias)
+        conv2d(self, layer, x, y)
     }
 
     fn norm(&self) -> (Option<Tensor<1>>, Option<Tensor<1>>) {
-        let Some(norm) = &self.norm else { return (None, None) };
-        let moved = |base: &Tensor<1>, delta: Option<Tensor<1>>| {
-            let delta = delta?;
-            Some((base.clone().cast(delta.dtype()) + delta).cast(base.dtype()))
-        };
-        let shift = norm.shift.as_ref().and_then(|b| moved(b, Fold::bias(self, b)));
-        (moved(&norm.scale, self.vector(&norm.scale)), shift)
+        self.norm.as_ref().map_or((None, None), |norm| norm.moved(self))
     }
+}
+
+/// `δ` of a linear layer whose weight and bias have differences.
+pub(crate) fn linear(
+    by: &impl Fold,
+    layer: &Linear,
+    x: &Tensor<3>,
+    y: &Tensor<3>,
+) -> Option<Tensor<3>> {
+    if let Some(whole) = composed::linear(by, layer, x) {
+        return Some(whole - y.clone());
+    }
+    let delta = Fold::bias(by, &layer.bias.as_ref()?.val())?;
+    Some(delta.unsqueeze::<3>().expand(y.dims()).cast(y.dtype()))
+}
+
+/// `δ` of a convolution whose weight and bias have differences.
+pub(crate) fn conv1d(
+    by: &impl Fold,
+    layer: &Conv1d,
+    x: &Tensor<3>,
+    y: &Tensor<3>,
+) -> Option<Tensor<3>> {
+    let [_, channels, _] = y.dims();
+    let bias = layer.bias.as_ref().and_then(|b| Fold::bias(by, &b.val()));
+    let bias = bias.map(|b| b.reshape([1, channels, 1]).expand(y.dims()));
+    sum(composed::conv1d(by, layer, x), bias)
+}
+
+/// The same over images.
+pub(crate) fn conv2d(
+    by: &impl Fold,
+    layer: &Conv2d,
+    x: &Tensor<4>,
+    y: &Tensor<4>,
+) -> Option<Tensor<4>> {
+    let [_, channels, _, _] = y.dims();
+    let bias = layer.bias.as_ref().and_then(|b| Fold::bias(by, &b.val()));
+    let bias = bias.map(|b| b.reshape([1, channels, 1, 1]).expand(y.dims()));
+    sum(composed::conv2d(by, layer, x), bias)
 }
 
 pub(crate) fn sum<const D: usize>(a: Option<Tensor<D>>, b: Option<Tensor<D>>) -> Option<Tensor<D>> {

@@ -185,7 +185,11 @@ impl<C: Criterion> Selective<C> {
         self.found.mask.as_ref()
     }
 
-    fn scored(&self, site: &Site, finding: Option<&Finding>) -> Result<Vec<Scored>, Error> {
+    pub(crate) fn scored(
+        &self,
+        site: &Site,
+        finding: Option<&Finding>,
+    ) -> Result<Vec<Scored>, Error> {
         let slopes = match finding {
             Some(Finding::Slopes(slopes)) => Some(slopes),
             _ => None,

@@ -88,6 +88,26 @@ impl<B> TrainFeed<B> {
         batches.iter().take(count).flatten().map(|&item| (self.collate)(&[item])).collect()
     }
 
+    /// The items of these optimizer steps, each in a batch of its own.
+    pub fn cut(&self, steps: Range<usize>) -> Vec<B> {
+        let mut planned = None;
+        let items: Vec<usize> =
+            steps.flat_map(|at| self.items(at, &mut planned)).flatten().collect();
+        items.iter().map(|&item| (self.collate)(&[item])).collect()
+    }
+
+    /// The items of an optimizer step, batch by batch; `planned` is an epoch that is known.
+    fn items(&self, index: usize, planned: &mut Option<Planned>) -> Vec<Vec<usize>> {
+        let (epoch, within) = (index / self.steps_per_epoch, index % self.steps_per_epoch);
+        if planned.as_ref().is_none_or(|(known, _)| *known != epoch) {
+            *planned = Some((epoch, self.epoch(epoch)));
+        }
+        let batches = planned.as_ref().map_or(&[][..], |(_, batches)| batches);
+        let first = within * self.accumulation;
+        let last = (first + self.accumulation).min(batches.len());
+        batches[first..last].to_vec()
+    }
+
     fn epoch(&self, epoch: usize) -> Vec<Vec<usize>> {
         let epoch = epoch as u64;
         match self.grouped {
@@ -97,10 +117,13 @@ impl<B> TrainFeed<B> {
     }
 }
 
+/// An epoch, and the items of its batches.
+type Planned = (usize, Vec<Vec<usize>>);
+
 struct Steps<'f, B> {
     feed: &'f TrainFeed<B>,
     next: usize,
-    planned: Option<(usize, Vec<Vec<usize>>)>,
+    planned: Option<Planned>,
 }
 
 impl<B> Iterator for Steps<'_, B> {
@@ -112,19 +135,12 @@ impl<B> Iterator for Steps<'_, B> {
             return None;
         }
         self.next += 1;
-        let epoch = index / self.feed.steps_per_epoch;
-        let within = index % self.feed.steps_per_epoch;
-        if self.planned.as_ref().is_none_or(|(planned, _)| *planned != epoch) {
-            self.planned = Some((epoch, self.feed.epoch(epoch)));
-        }
-        let (_, batches) = self.planned.as_ref()?;
-        let first = within * self.feed.accumulation;
-        let last = (first + self.feed.accumulation).min(batches.len());
+        let items = self.feed.items(index, &mut self.planned);
         Some(Ok(Step {
             index,
-            epoch,
-            ends_epoch: within + 1 == self.feed.steps_per_epoch,
-            batches: batches[first..last].iter().map(|items| (self.feed.collate)(items)).collect(),
+            epoch: index / self.feed.steps_per_epoch,
+            ends_epoch: (index + 1).is_multiple_of(self.feed.steps_per_epoch),
+            batches: items.iter().map(|items| (self.feed.collate)(items)).collect(),
         }))
     }
 

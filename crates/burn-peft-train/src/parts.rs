@@ -4,7 +4,7 @@ use crate::TrainError;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor};
-use burn_peft_core::{Adapters, AnyAdapter, Guide, Policy};
+use burn_peft_core::{Adapters, AnyAdapter, Guide, Passes, Policy};
 use serde_json::Value as Json;
 
 /// One method's part of a training.
@@ -51,6 +51,29 @@ impl Policies {
             adapters.visit(&mut Moved { from: &mut kept, to: &mut gradients });
         }
         gradients
+    }
+
+    /// As [`Policy::look`]: each sees the examples of as many of the latest steps as it wants, by `examples`.
+    pub(crate) fn look<P: Passes>(
+        &mut self,
+        step: usize,
+        parts: &[Adapters<AnyAdapter>],
+        examples: impl Fn(usize) -> P,
+    ) -> Result<(), TrainError> {
+        for (at, (policy, adapters)) in self.0.iter_mut().zip(parts).enumerate() {
+            let Some(policy) = policy else { continue };
+            let back = policy.looks_back(step).min(step);
+            if back == 0 {
+                continue;
+            }
+            let others = parts.iter().enumerate().filter(|(other, _)| *other != at);
+            let mut beside: Vec<_> = others.map(|(_, adapters)| adapters.valid()).collect();
+            let whole = adapters.valid();
+            let copies = whole.copies().map(|(path, copy)| (path.to_owned(), copy.clone()));
+            beside.push(Adapters::new([], copies));
+            policy.look(adapters, &beside, &examples(back))?;
+        }
+        Ok(())
     }
 
     /// As [`Policy::adjust`]; whether any adapters go on as others.

@@ -5,8 +5,8 @@ use crate::optim::{Warmup, adamw};
 use crate::parts::Policies;
 use crate::silent::Silent;
 use crate::{
-    BestBy, EvalFeed, Event, Objective, Observer, Options, Part, Report, StepSettings, TrainError,
-    TrainFeed, Tuned,
+    BestBy, EvalFeed, Event, Objective, Observer, Options, Part, Report, Sample, StepSettings,
+    TrainError, TrainFeed, Tuned,
 };
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
@@ -106,8 +106,10 @@ impl<B: Objective> Run<B> {
         let actions = Actions::default();
         let shared = Arc::new(Mutex::new(Shared { outcome: None, observer, policies }));
         let resumed = state.step;
-        let strategy = Loop {
+        let strategy = Loop::<B> {
             options: self.options,
+            device: self.device.clone(),
+            feed: self.train.clone(),
             steps: (self.train.steps(), self.train.steps_per_epoch()),
             start: state,
             checkpoint: checkpoint.clone(),
@@ -178,8 +180,11 @@ struct Shared {
     policies: Policies,
 }
 
-struct Loop {
+struct Loop<B: Objective> {
     options: Options,
+    device: Device,
+    /// Where policies look back.
+    feed: TrainFeed<B::Batch>,
     /// In the run, and in an epoch.
     steps: (usize, usize),
     start: State,
@@ -199,7 +204,7 @@ struct Progress<M> {
     tokens: (usize, usize),
 }
 
-impl<B: Objective> SupervisedLearningStrategy<Tuned<B>> for Loop {
+impl<B: Objective> SupervisedLearningStrategy<Tuned<B>> for Loop<B> {
     fn fit(
         &self,
         mut parts: TrainingComponents<Tuned<B>>,
@@ -227,8 +232,8 @@ impl<B: Objective> SupervisedLearningStrategy<Tuned<B>> for Loop {
     }
 }
 
-impl Loop {
-    fn train<B>(
+impl<B: Objective> Loop<B> {
+    fn train(
         &self,
         parts: &mut TrainingComponents<Tuned<B>>,
         learner: &mut Learner<Tuned<B>>,
@@ -236,17 +241,14 @@ impl Loop {
         valid: &ValidLoader<Tuned<B>>,
         at: &mut Progress<Tuned<B>>,
         observer: &mut dyn Observer,
-    ) -> Result<bool, TrainError>
-    where
-        B: Objective,
-    {
+    ) -> Result<bool, TrainError> {
         let (total, per_epoch) = self.steps;
         observer.start(at.state.step, total);
         if let (Some((step, _)), Some(checkpoint)) = (at.state.best, &self.checkpoint) {
             at.best = Some(checkpoint.load_best(step, learner.model())?);
         }
         if at.state.step == 0 {
-            adjust(&mut at.policies, learner, 0, 0.0)?;
+            self.adjust(&mut at.policies, learner, 0, 0.0)?;
         }
         for step in train.iter().skip(at.state.step) {
             let Ok(step) = step else { break };
@@ -266,7 +268,7 @@ impl Loop {
             let adapters = learner.model().adapters;
             let grads = at.policies.gradients(index + 1, &adapters, output.grads);
             learner.optimizer_step(grads);
-            adjust(&mut at.policies, learner, index + 1, rate)?;
+            self.adjust(&mut at.policies, learner, index + 1, rate)?;
             at.state.step = index + 1;
             at.state.window = at.state.window.and(report);
             at.tokens.0 += report.tokens;
@@ -312,17 +314,34 @@ impl Loop {
         Ok(false)
     }
 
-    fn evaluate<B>(
+    /// Lets the policies look back and change the adapters: by a record, which brings the parameters' ids and so
+    /// the optimizer's state.
+    fn adjust(
+        &self,
+        policies: &mut Policies,
+        learner: &mut Learner<Tuned<B>>,
+        step: usize,
+        rate: f64,
+    ) -> Result<(), TrainError> {
+        let mut model = learner.model();
+        let (base, feed) = (model.base.clone(), &self.feed);
+        policies.look(step, &model.adapters, |back| {
+            Sample::of(&*base, &self.device, feed, feed.cut(step - back..step))
+        })?;
+        if policies.adjust(step, rate, &mut model.adapters)? {
+            learner.load_model(model.into_record());
+        }
+        Ok(())
+    }
+
+    fn evaluate(
         &self,
         learner: &Learner<Tuned<B>>,
         valid: &ValidLoader<Tuned<B>>,
         at: &mut Progress<Tuned<B>>,
         epoch: f64,
         observer: &mut dyn Observer,
-    ) -> Result<f64, TrainError>
-    where
-        B: Objective,
-    {
+    ) -> Result<f64, TrainError> {
         let model = learner.model().valid();
         let batches = valid.iter().flatten();
         let report = batches
@@ -351,15 +370,12 @@ impl Loop {
         Ok(loss)
     }
 
-    fn save<B>(
+    fn save(
         &self,
         parts: &mut TrainingComponents<Tuned<B>>,
         learner: &Learner<Tuned<B>>,
         at: &Progress<Tuned<B>>,
-    ) -> Result<(), TrainError>
-    where
-        B: Objective,
-    {
+    ) -> Result<(), TrainError> {
         let (Some(files), Some(checkpointer)) = (&self.checkpoint, &mut parts.checkpointer) else {
             return Ok(());
         };
@@ -386,21 +402,6 @@ impl Loop {
         }
         Ok(())
     }
-}
-
-/// Lets the policies change the adapters: by a record, which brings the parameters' ids and so the
-/// optimizer's state.
-fn adjust<B: Objective>(
-    policies: &mut Policies,
-    learner: &mut Learner<Tuned<B>>,
-    step: usize,
-    rate: f64,
-) -> Result<(), TrainError> {
-    let mut model = learner.model();
-    if policies.adjust(step, rate, &mut model.adapters)? {
-        learner.load_model(model.into_record());
-    }
-    Ok(())
 }
 
 /// Sum of the sizes of everything that is trained: no number if one of them is none.

@@ -28,6 +28,17 @@ impl<'a, B: Objective> Sample<'a, B> {
         Self { base, device, feed, count, made: OnceLock::new(), cut: OnceLock::new() }
     }
 
+    /// These examples, each a batch of its own.
+    pub(crate) fn of(
+        base: &'a B,
+        device: &'a Device,
+        feed: &'a TrainFeed<B::Batch>,
+        examples: Vec<B::Batch>,
+    ) -> Self {
+        let (count, cut) = (examples.len(), OnceLock::from(examples.clone()));
+        Self { base, device, feed, count, made: OnceLock::from(examples), cut }
+    }
+
     fn made(&self) -> &[B::Batch] {
         self.made.get_or_init(|| self.feed.first(self.count))
     }

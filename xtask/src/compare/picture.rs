@@ -35,8 +35,8 @@ struct Dot {
     family: usize,
     parameters: f64,
     accuracy: f64,
-    /// `peft`'s accuracy, a ring.
-    peft: Option<f64>,
+    /// The reference's accuracy, a ring.
+    reference: Option<f64>,
 }
 
 /// A rectangle of pixels: left, top, right, bottom.
@@ -52,7 +52,7 @@ pub(super) fn svg(title: &str, lines: &[Line<'_>]) -> Result<Option<String>, Fai
             family: families.iter().position(|family| *family == line.row.family)?,
             parameters: mean(|run| run.trainable_parameters as f64, &line.ours)?,
             accuracy: mean(accuracy, &line.ours)?,
-            peft: mean(accuracy, &line.peft),
+            reference: mean(accuracy, &line.python),
         })
     };
     let dots: Vec<Dot> = lines.iter().filter_map(dot).collect();
@@ -81,7 +81,7 @@ fn draw(
         let low = values.iter().copied().fold(f64::INFINITY, f64::min);
         (low, values.iter().copied().fold(low, f64::max))
     };
-    let heights = dots.iter().flat_map(|dot| [Some(dot.accuracy), dot.peft]).flatten();
+    let heights = dots.iter().flat_map(|dot| [Some(dot.accuracy), dot.reference]).flatten();
     let (low, high) = bounds(heights.collect());
     let (least, most) = bounds(dots.iter().map(|dot| dot.parameters).collect());
     let (least, most) = (least / 1.5, most * 2.5);
@@ -108,8 +108,8 @@ fn draw(
             .draw_series(points)?
             .label(*family)
             .legend(move |(x, y)| Circle::new((x + 9, y), 4, color.filled()));
-        let rings = own().filter_map(|dot| Some((dot, dot.peft?)));
-        let rings = rings.map(|(dot, peft)| Circle::new((dot.parameters, peft), 5, color));
+        let rings = own().filter_map(|dot| Some((dot, dot.reference?)));
+        let rings = rings.map(|(dot, other)| Circle::new((dot.parameters, other), 5, color));
         chart.draw_series(rings)?;
     }
     let at = |dot: &Dot| chart.backend_coord(&(dot.parameters, dot.accuracy));
@@ -198,7 +198,7 @@ mod tests {
         let mut lines: Vec<_> = recipe
             .rows
             .iter()
-            .map(|row| Line { row, ours: vec![], peft: vec![], times: vec![], failures: vec![] })
+            .map(|row| Line { row, ours: vec![], python: vec![], times: vec![], failures: vec![] })
             .collect();
         assert_eq!(svg("t", &lines).expect("is drawn"), None);
         lines[0].ours.push((1, measured(0.7, 0.5)));

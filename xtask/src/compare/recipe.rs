@@ -26,9 +26,9 @@ pub(super) struct Row {
     pub(super) family: String,
     /// The method's name in the registry.
     pub(super) method: String,
-    /// HF PEFT's configuration class, if HF PEFT has the method.
+    /// Who trains the same in Python: HF PEFT's configuration class, or a function of interop/references.py.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) peft: Option<String>,
+    pub(super) reference: Option<String>,
     /// Layers to adapt; none for methods that have but one place to go.
     #[serde(default)]
     pub(super) target_modules: Vec<String>,
@@ -94,11 +94,24 @@ mod tests {
             let own: Vec<_> = recipe.rows.iter().filter(|row| row.method == *method).collect();
             assert!(!own.is_empty(), "{method} has no row in sentiment.json");
             for row in own {
-                assert!(row.peft.is_none() || *in_hf_format, "{}: HF PEFT has no such", row.name);
+                let peft = row.reference.iter().any(|name| name.ends_with("Config"));
+                assert!(!peft || *in_hf_format, "{}: HF PEFT has no such", row.name);
             }
         }
         for row in &recipe.rows {
             assert!(registered.iter().any(|(method, _)| *method == row.method), "{}", row.method);
+        }
+    }
+
+    #[test]
+    fn a_reference_is_a_class_of_peft_or_a_function_there_is() {
+        const REFERENCES: &str = include_str!("../../../interop/references.py");
+        let recipe = Recipe::sentiment().expect("is a recipe");
+        for row in &recipe.rows {
+            let there = |name: &String| {
+                name.ends_with("Config") || REFERENCES.contains(&format!("\ndef {name}("))
+            };
+            assert!(row.reference.iter().all(there), "{}: {:?}", row.name, row.reference);
         }
     }
 

@@ -1,4 +1,4 @@
-//! One run of one row: our program or HF PEFT's trainer as a process, and what comes out of it.
+//! One run of one row: our program or the reference in Python as a process, and what comes out of it.
 
 use super::recipe::Row;
 use crate::exec;
@@ -16,14 +16,14 @@ use std::time::Instant;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Side {
     Ours,
-    Peft,
+    Python,
 }
 
 impl Side {
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Ours => "ours",
-            Self::Peft => "peft",
+            Self::Python => "python",
         }
     }
 }
@@ -73,10 +73,14 @@ pub(super) struct Job<'r> {
 impl Job<'_> {
     /// All that decides what the run comes to.
     fn settings(&self, desk: &Desk) -> Value {
+        let mut row = self.row.clone();
+        if self.side == Side::Ours {
+            row.reference = None;
+        }
         json!({
             "side": self.side.name(),
             "seed": self.seed,
-            "row": self.row,
+            "row": row,
             "training": self.training,
             "model": desk.model.display().to_string(),
             "data": desk.sums,
@@ -120,7 +124,7 @@ impl Job<'_> {
         let start = Instant::now();
         let measured = match self.side {
             Side::Ours => self.ours(desk, &folder, &log)?,
-            Side::Peft => self.theirs(desk, &folder, &log)?,
+            Side::Python => self.theirs(desk, &folder, &log)?,
         };
         let measured = Measured { seconds: start.elapsed().as_secs_f64(), ..measured };
         let run = json!({"settings": self.settings(desk), "measured": measured});
@@ -184,15 +188,29 @@ impl Job<'_> {
         train
     }
 
+    /// Where our training begins, for the other side to begin there too: our adapter after one step, whose
+    /// rate is 0.
+    fn start(&self, desk: &Desk, folder: &Path, log: &Path) -> Result<PathBuf, Failure> {
+        let start = folder.join("start");
+        let mut training = self.training.clone();
+        for option in ["max_steps", "warmup_steps"] {
+            training.insert(option.into(), 1.into());
+        }
+        let first = Job { training, ..*self };
+        exec::logged(&mut first.train(desk, &start), log)?;
+        Ok(start)
+    }
+
     fn theirs(&self, desk: &Desk, folder: &Path, log: &Path) -> Result<Measured, Failure> {
         let Some((python, script)) = &desk.python else {
-            return Err(Failure::new("there is no Python to run HF PEFT with"));
+            return Err(Failure::new("there is no Python to run the reference with"));
         };
+        let start = self.start(desk, folder, log)?;
         let (asked, told) = (folder.join("job.json"), folder.join("measured.json"));
         let job = json!({
             "model": desk.model, "train_file": desk.train, "held_out_file": desk.held_out,
             "neutral_file": desk.neutral, "threads": desk.threads, "seed": self.seed,
-            "row": self.row, "training": self.training,
+            "row": self.row, "training": self.training, "start": start,
         });
         fs::write(&asked, job.to_string()).map_err(|e| Failure::at(&asked, e))?;
         let mut run = Command::new(python);
@@ -321,7 +339,7 @@ mod tests {
         assert_eq!(name, job(&recipe, 1).stem(&desk_at(Path::new("elsewhere"))));
         let mut others = vec![job(&recipe, 2), job(&recipe, 1), job(&recipe, 1)];
         others[1].training.insert("max_steps".into(), json!(7));
-        others[2].side = Side::Peft;
+        others[2].side = Side::Python;
         for other in others {
             assert_ne!(name, other.stem(&desk));
         }

@@ -16,7 +16,7 @@ pub(super) struct Line<'r> {
     pub(super) row: &'r Row,
     /// Seeds and what they came to.
     pub(super) ours: Vec<(u64, Measured)>,
-    pub(super) peft: Vec<(u64, Measured)>,
+    pub(super) python: Vec<(u64, Measured)>,
     /// Of `--times`.
     pub(super) times: Vec<Times>,
     pub(super) failures: Vec<(u64, Side, String)>,
@@ -56,14 +56,14 @@ fn step(run: &Measured) -> f64 {
     run.step_seconds
 }
 
-/// Of seeds that both sides have, ours less HF PEFT's, in points.
+/// Of seeds that both sides have, ours less the reference's, in points.
 fn difference(line: &Line<'_>) -> Option<f64> {
     let both = |one: &[(u64, Measured)], other: &[(u64, Measured)]| -> Vec<_> {
         let there = |seed: &u64| other.iter().any(|(found, _)| found == seed);
         one.iter().filter(|(seed, _)| there(seed)).cloned().collect()
     };
-    let ours = mean(accuracy, &both(&line.ours, &line.peft))?;
-    Some(ours - mean(accuracy, &both(&line.peft, &line.ours))?)
+    let ours = mean(accuracy, &both(&line.ours, &line.python))?;
+    Some(ours - mean(accuracy, &both(&line.python, &line.ours))?)
 }
 
 fn cell(value: Option<String>) -> String {
@@ -117,14 +117,14 @@ const OWN: &[Column] = &[
 ];
 
 const THEIRS: &[Column] = &[
-    ("`peft`: accuracy", |line, _| match percent(&line.peft) {
-        None if line.failures.iter().any(|(_, side, _)| *side == Side::Peft) => "failed".into(),
+    ("reference: accuracy", |line, _| match percent(&line.python) {
+        None if line.failures.iter().any(|(_, side, _)| *side == Side::Python) => "failed".into(),
         told => cell(told),
     }),
     ("difference", |line, _| cell(difference(line).map(|points| format!("{points:+.1}")))),
-    ("step", |line, _| cell(milliseconds(&line.peft))),
-    ("memory", |line, _| cell(memory(&line.peft))),
-    ("forgetting", |line, _| cell(forgetting(&line.peft))),
+    ("step", |line, _| cell(milliseconds(&line.python))),
+    ("memory", |line, _| cell(memory(&line.python))),
+    ("forgetting", |line, _| cell(forgetting(&line.python))),
 ];
 
 /// Of LoRA's step: as timed turn by turn, or else of the whole runs.
@@ -177,7 +177,8 @@ fn introduction(head: &Head) -> String {
         text += " Steps were timed in short runs of their own, LoRA's before each.";
     }
     if head.against {
-        text += " `peft` trains with the same settings on the same data, turn by turn.";
+        text += " The reference (HF PEFT where it has the method, or else plain torch) begins at the same numbers and is \
+                 trained with the same settings on the same batches, turn by turn.";
     }
     text.push('\n');
     text
@@ -190,8 +191,10 @@ fn verdicts(against: bool, lines: &[Line<'_>], lora: Option<f64>) -> String {
     let far = apart.max_by(|a, b| a.1.abs().total_cmp(&b.1.abs()));
     if let Some((line, points)) = far.filter(|_| against) {
         let name = &line.row.name;
-        let _ =
-            write!(text, "\nThe accuracy furthest from `peft`'s: {name}, {points:+.1} points.\n");
+        let _ = write!(
+            text,
+            "\nThe accuracy furthest from the reference's: {name}, {points:+.1} points.\n"
+        );
     }
     let slow = lines.iter().filter_map(|line| Some((&line.row.name, ratio(line, lora)?)));
     let slow: Vec<_> = slow
@@ -204,7 +207,7 @@ fn verdicts(against: bool, lines: &[Line<'_>], lora: Option<f64>) -> String {
     }
     let spent: f64 = lines
         .iter()
-        .flat_map(|line| line.ours.iter().chain(&line.peft))
+        .flat_map(|line| line.ours.iter().chain(&line.python))
         .map(|(_, run)| run.seconds)
         .sum();
     let _ = write!(text, "\nAll runs together took {}.\n", duration(spent));
@@ -224,7 +227,7 @@ impl Line<'_> {
     /// Whether there is anything to say of it.
     fn begun(&self) -> bool {
         !(self.ours.is_empty()
-            && self.peft.is_empty()
+            && self.python.is_empty()
             && self.times.is_empty()
             && self.failures.is_empty())
     }
@@ -238,7 +241,7 @@ pub(super) fn json(head: &Head, lines: &[Line<'_>]) -> Value {
     let failure = |(seed, side, why): &(u64, Side, String)| json!({"seed": seed, "side": side.name(), "reason": why});
     let line = |line: &Line<'_>| {
         json!({
-            "row": line.row, "ours": runs(&line.ours), "peft": runs(&line.peft),
+            "row": line.row, "ours": runs(&line.ours), "python": runs(&line.python),
             "times": line.times, "failures": line.failures.iter().map(failure).collect::<Value>(),
         })
     };
@@ -285,13 +288,13 @@ pub(super) mod tests {
         let line = |name| Line {
             row: of(name),
             ours: vec![],
-            peft: vec![],
+            python: vec![],
             times: vec![],
             failures: vec![],
         };
         let lora = Line {
             ours: vec![(1, measured(0.76, 0.4)), (2, measured(0.78, 0.6))],
-            peft: vec![(2, measured(0.77, 0.8))],
+            python: vec![(2, measured(0.77, 0.8))],
             ..line("lora")
         };
         let oft = Line { ours: vec![(1, measured(0.75, 0.8))], ..line("oft") };
@@ -314,7 +317,7 @@ pub(super) mod tests {
         ] {
             assert!(text.contains(expected), "{expected} is not in\n{text}");
         }
-        assert!(!text.contains("| dora |") && !text.contains("`peft`"), "{text}");
+        assert!(!text.contains("| dora |") && !text.contains("reference"), "{text}");
     }
 
     #[test]
@@ -323,7 +326,7 @@ pub(super) mod tests {
         let line = |row, seconds, times| Line {
             row: &recipe.rows[row],
             ours: vec![(1, measured(0.75, seconds))],
-            peft: vec![],
+            python: vec![],
             times,
             failures: vec![],
         };
@@ -340,7 +343,10 @@ pub(super) mod tests {
         let text = told(true);
         let expected = "| 0.012 | 77.0 | +1.0 | 800 ms | 1.25 GB | 0.012 |\n";
         assert!(text.contains(expected), "{text}");
-        assert!(text.contains("The accuracy furthest from `peft`'s: lora, +1.0 points."), "{text}");
+        assert!(
+            text.contains("The accuracy furthest from the reference's: lora, +1.0 points."),
+            "{text}"
+        );
         assert!(
             text.contains(
                 "| oft | 74,498 | 299 kB | 75.0 | 800 ms | 1.60 | 1.25 GB | 0.012 |  |  |"

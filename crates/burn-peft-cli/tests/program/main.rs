@@ -252,8 +252,9 @@ fn a_tied_model_with_an_adapted_embedding_merges_to_the_same_function() {
     desk.good(&format!("{forward} --model /tied --output /c.safetensors"));
     let [overlaid, merged, plain] =
         ["a", "b", "c"].map(|n| logits(&desk, &format!("{n}.safetensors")));
-    let far =
-        |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    let far = |a: &[f32], b: &[f32]| {
+        a.iter().zip(b).map(|(a, b)| (a - b).abs()).max_by(f32::total_cmp).unwrap_or_default()
+    };
     assert!(far(&overlaid, &merged) < 1e-4, "{}", far(&overlaid, &merged));
     assert!(far(&overlaid, &plain) > 1e-2, "the adapter does nothing");
     assert_eq!(desk.json("merged/config.json")["tie_word_embeddings"], false);
@@ -272,7 +273,12 @@ fn a_merge_leaves_no_shards_of_an_older_model() {
     desk.good(&format!("{forward} --model /sharded --adapter /out --output /a.safetensors"));
     desk.good(&format!("{forward} --model /merged --output /b.safetensors"));
     let [overlaid, merged] = ["a", "b"].map(|n| logits(&desk, &format!("{n}.safetensors")));
-    let far = overlaid.iter().zip(&merged).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    let far = overlaid
+        .iter()
+        .zip(&merged)
+        .map(|(a, b)| (a - b).abs())
+        .max_by(f32::total_cmp)
+        .unwrap_or_default();
     assert!(far < 1e-4, "{far}");
 }
 
@@ -347,8 +353,9 @@ fn embeddings_have_length_one_whatever_lies_beside_them() {
         let length: f32 = one.iter().map(|x| x * x).sum::<f32>().sqrt();
         assert!((length - 1.0).abs() < 1e-5, "{length}");
     }
-    let far =
-        |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    let far = |a: &[f32], b: &[f32]| {
+        a.iter().zip(b).map(|(a, b)| (a - b).abs()).max_by(f32::total_cmp).unwrap_or_default()
+    };
     // Alone it has no padding, in the file it has five tokens of it.
     desk.good(&format!("{embed} --text w1 --output /one.safetensors"));
     let one = embeddings(&desk, "one.safetensors");

@@ -58,7 +58,8 @@ fn every_backend_of_the_build_trains_and_answers_alike() {
         desk.good(&format!("{forward} --output /a.safetensors"));
         desk.good(&format!("{forward} --output /b.safetensors --device {device}"));
         let [a, b] = ["a", "b"].map(|n| logits(&desk, &format!("{n}.safetensors")));
-        let far = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let far =
+            a.iter().zip(&b).map(|(a, b)| (a - b).abs()).max_by(f32::total_cmp).unwrap_or_default();
         assert!(far < 1e-4, "{device} differs by {far}");
     }
 }
@@ -73,8 +74,10 @@ fn fitting(method: &str) -> &'static str {
         "BOTTLENECK" | "SPARSE_ADAPTER" => "--method-option reduction_factor=4",
         "C3A" => "--method-option block_size=16",
         "COMPACTER" => "--method-option reduction_factor=4 --method-option phm_init_range=0.1",
+        "FISHDIP" => "--method-option keep_ratio=0.05 --method-option update_steps=4",
         "FOURIERFT" => "--method-option n_frequency=60",
         "MISS" => "--method-option r=8",
+        "MULTI_HEAD_ADAPTER" => "--method-option r=8 --method-option num_heads=4",
         "NOLA" => "--method-option ka=16 --method-option kb=16",
         "PASTA" => "--method-option special_tokens=[1,2]",
         "RANDLORA" => "--method-option r=4 --method-option randlora_alpha=8",
@@ -118,8 +121,21 @@ const NOT_MERGED: &[&str] = &[
 ];
 
 /// Methods that have but one place to go, and are refused names of layers.
-const ONE_PLACE: &[&str] =
-    &["ADAPTION_PROMPT", "DEPT", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "XPROMPT"];
+const ONE_PLACE: &[&str] = &[
+    "ADAPTION_PROMPT",
+    "APT",
+    "DEPT",
+    "IDPG",
+    "LPT",
+    "MULTI_HEAD_ADAPTER",
+    "P_TUNING",
+    "PREFIX_PROPAGATION",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "SMOP",
+    "VPT",
+    "XPROMPT",
+];
 
 #[test]
 fn every_method_trains_and_is_merged() {
@@ -158,7 +174,8 @@ fn every_method_trains_and_is_merged() {
         ));
         desk.good(&format!("{forward} --model /{name}-merged --output /b.safetensors"));
         let [a, b] = ["a", "b"].map(|n| logits(&desk, &format!("{n}.safetensors")));
-        let far = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let far =
+            a.iter().zip(&b).map(|(a, b)| (a - b).abs()).max_by(f32::total_cmp).unwrap_or_default();
         assert!(far < 1e-4, "{name} merged differs by {far}");
     }
 }

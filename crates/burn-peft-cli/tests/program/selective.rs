@@ -106,6 +106,7 @@ fn an_interrupted_training_chooses_the_same_again() {
     let long = "--max-steps 240 --num-train-epochs 60 --validation-split 0.2 --eval-steps 40 --save-steps 7";
     for method in [
         "fishmask --method-option keep_ratio=0.05 --init-batches 2",
+        "fishdip --method-option update_steps=50 --method-option top_examples=6 --init-batches 2",
         "childtuning --method-option mode=ChildTuning-F",
     ] {
         let line = format!("{CLASSIFY} {long}").replace("--r 4", &format!("--method {method}"));

@@ -103,6 +103,7 @@ fn a_folder_for_each_class_and_other_methods() {
             "--target-modules query,value,intermediate.dense --method-option feedforward_modules=[\"intermediate.dense\"]",
         ),
         ("prefix_tuning", "--method-option num_virtual_tokens=3"),
+        ("vpt", "--method-option num_virtual_tokens=3"),
         ("bottleneck", "--target-modules .*layer\\.\\d+\\.output --method-option is_parallel=true"),
         ("bitfit", "--target-modules query,value"),
         ("lora", "--target-modules query,value --init-lora-weights eva --init-batches 2"),

@@ -4,6 +4,7 @@ use super::error::read_text;
 use super::text::json_lines;
 use super::{DataError, Message, TextTokenizer};
 use burn_peft_models::Tokens;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -117,7 +118,7 @@ pub fn read_causal(
     Ok((items, report))
 }
 
-fn string<'o>(
+pub(super) fn string<'o>(
     path: &Path,
     line: usize,
     object: &'o Map<String, Value>,
@@ -164,17 +165,19 @@ fn chunks(
     Ok(items)
 }
 
+/// One item an object, in their order: `read` runs on all cores, and of several refusals the first is told.
 fn examples(
     path: &Path,
     objects: &[(usize, Map<String, Value>)],
     max_length: usize,
     report: &mut CausalReport,
-    read: impl Fn(usize, &Map<String, Value>) -> Result<CausalItem, DataError>,
+    read: impl Fn(usize, &Map<String, Value>) -> Result<CausalItem, DataError> + Sync,
 ) -> Result<Vec<CausalItem>, DataError> {
     report.documents = objects.len();
+    let encoded: Vec<_> = objects.par_iter().map(|(line, object)| read(*line, object)).collect();
     let mut items = Vec::with_capacity(objects.len());
-    for (line, object) in objects {
-        let mut item = read(*line, object)?;
+    for ((line, _), item) in objects.iter().zip(encoded) {
+        let mut item = item?;
         if item.ids.len() > max_length {
             item.ids.truncate(max_length);
             item.learnt.truncate(max_length);
@@ -347,6 +350,31 @@ mod tests {
         assert_eq!(batch.tokens.positions, Some(vec![0, 1, 2, 0, 1, 0, 1, 0, 0, 0]));
         assert_eq!(batch.tokens.segments, Some(vec![0, 0, 0, 1, 1, 0, 0, -1, -1, -1]));
         assert_eq!(batch.tokens.mask, [1, 1, 1, 1, 1, 1, 1, 0, 0, 0]);
+    }
+
+    #[test]
+    fn lines_are_read_on_all_cores_and_stay_in_order() {
+        let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/models/llama");
+        let tokenizer = TextTokenizer::load(Path::new(model)).expect("is a tokenizer");
+        let folder = tempfile::tempdir().expect("makes a folder");
+        let read = |lines: &[String]| {
+            let path = folder.path().join("pairs.jsonl");
+            std::fs::write(&path, lines.concat()).expect("writes");
+            read_causal(&path, &tokenizer, 16, TextUnit::default())
+        };
+        let words = |i: usize| vec![format!("w{}", i % 40); 1 + i % 5].join(" ");
+        let line =
+            |i| format!("{{\"prompt\": \"{}\", \"completion\": \"w{}\"}}\n", words(i), i % 7);
+        let mut lines: Vec<String> = (0..300).map(line).collect();
+        let (items, report) = read(&lines).expect("is well formed");
+        let alone = |line: &String| read(std::slice::from_ref(line)).expect("is well formed").0;
+        assert_eq!(items, lines.iter().flat_map(alone).collect::<Vec<_>>());
+        assert_eq!((report.documents, report.cut, report.dropped), (300, 0, 0));
+        for broken in [200, 100] {
+            lines[broken] = "{\"prompt\": \"w1\", \"completion\": 1}\n".into();
+            let told = read(&lines).expect_err("is no text").to_string();
+            assert!(told.contains(&format!("line {}", broken + 1)), "{told}");
+        }
     }
 
     proptest! {

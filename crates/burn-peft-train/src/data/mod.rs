@@ -6,6 +6,7 @@ mod error;
 mod images;
 mod preprocess;
 mod resample;
+mod seq2seq;
 mod split;
 mod template;
 mod text;
@@ -20,6 +21,7 @@ pub use images::{
     ImageExample, data_files, image_batch, images, read_images, read_labelled_images,
 };
 pub use preprocess::Preprocessor;
+pub use seq2seq::{Seq2SeqBatch, Seq2SeqItem, read_seq2seq, seq2seq_batch};
 pub use split::{hold_out, shuffle};
 pub use template::{ChatTemplate, Message};
 pub use text::{Columns, Example, Labels, read_labelled, read_texts};

@@ -178,7 +178,12 @@ fn inverse(matrix: &Dense, precision: f64) -> (Dense, f64) {
 #[track_caller]
 fn close(found: &[f64], expected: &[f64], tolerance: f64) {
     let largest = expected.iter().fold(1e-9_f64, |most, v| most.max(v.abs()));
-    let far = found.iter().zip(expected).map(|(f, e)| (f - e).abs()).fold(0.0, f64::max);
+    let far = found
+        .iter()
+        .zip(expected)
+        .map(|(f, e)| (f - e).abs())
+        .max_by(f64::total_cmp)
+        .unwrap_or_default();
     assert_eq!(found.len(), expected.len());
     assert!(far <= tolerance * largest, "{far} of {largest}: {found:?} {expected:?}");
 }

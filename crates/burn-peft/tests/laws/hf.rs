@@ -52,7 +52,12 @@ pub(crate) fn tokens(model: &str, types: bool) -> Tokens {
 /// The logits' bound of the issue.
 #[track_caller]
 pub(crate) fn near(found: &[f32], expected: &[f32], what: &str) {
-    let far = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    let far = found
+        .iter()
+        .zip(expected)
+        .map(|(a, b)| (a - b).abs())
+        .max_by(f32::total_cmp)
+        .unwrap_or_default();
     assert!(found.len() == expected.len() && far <= 1e-4, "{what}: differs by {far}");
 }
 

@@ -4,7 +4,10 @@
 use crate::hf::{base, device, fixtures, floats, kept, near, open, same_file, tokens};
 use crate::probe::values;
 use burn_peft::core::{Error, Folds, Kind, Method, Scope, Sites, merge, peft_type};
-use burn_peft::models::{BertForSequenceClassification, LlamaForCausalLM, Pretrained};
+use burn_peft::models::{
+    BertForSequenceClassification, Classifier, Dinov2ForImageClassification, Images,
+    LlamaForCausalLM, Pretrained, ViTForImageClassification,
+};
 use burn_peft::registry::{ForEach, Job, for_each_method, load_any, with_method};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -117,4 +120,36 @@ fn methods_over_hidden_states() {
     let mut named = Named(BTreeSet::new());
     for_each_method(&mut named);
     check_both("hidden", named.0);
+}
+
+/// With the numbers of the papers' formulas in PyTorch (`interop/in_front.py`), on models of text and of images.
+#[test]
+fn what_stands_in_front_by_its_formula() {
+    fn look<M: Classifier<Input = Images>>(name: &str) -> BTreeSet<String> {
+        let images = crate::vision::images(name);
+        let forward = |model: &M, cx: &Scope<'_>| values(model.forward(&images, cx));
+        check::<M>("prompts", name, forward, <[f32]>::to_vec)
+    }
+    let batch = tokens("bert", true);
+    let bert = check::<BertForSequenceClassification>(
+        "prompts",
+        "bert",
+        |model, cx| values(model.forward(&batch, cx)),
+        <[f32]>::to_vec,
+    );
+    let batch = tokens("llama", false);
+    let llama = check::<LlamaForCausalLM>(
+        "prompts",
+        "llama",
+        |model, cx| values(model.forward(&batch, cx)),
+        |all| kept(all, &batch),
+    );
+    let names = |names: &[&str]| -> BTreeSet<String> {
+        names.iter().map(|name| (*name).to_owned()).collect()
+    };
+    assert_eq!(bert, names(&["APT", "IDPG", "LPT", "PREFIX_PROPAGATION", "SMOP", "VPT"]));
+    assert_eq!(llama, names(&["APT", "LPT", "PREFIX_PROPAGATION", "VPT"]));
+    let seen = names(&["LPT", "PREFIX_PROPAGATION", "VPT"]);
+    assert_eq!(look::<ViTForImageClassification>("vit"), seen);
+    assert_eq!(look::<Dinov2ForImageClassification>("dinov2"), seen);
 }

@@ -15,6 +15,7 @@ mod names;
 mod other_models;
 mod probe;
 mod prompts;
+mod seq2seq;
 mod variants;
 mod vision;
 mod whole_sequence;

@@ -23,7 +23,7 @@ impl ForEach for Rows {
         let serves = |kind| if T::KINDS.contains(&kind) { "yes" } else { "" };
         let yes = |is: bool| if is { "yes" } else { "" };
         self.0.push(format!(
-            "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |",
+            "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |",
             T::NAME,
             serves(Kind::Linear),
             serves(Kind::Embedding),
@@ -32,6 +32,7 @@ impl ForEach for Rows {
             serves(Kind::Norm),
             serves(Kind::Hidden),
             serves(Kind::Attention),
+            serves(Kind::Blocks),
             if method.weight_only() { "dense" } else { "factored" },
             yes(T::fold(adapter).is_some()),
             yes(T::fold(adapter).is_some_and(|fold| !fold.brings_bias())
@@ -50,8 +51,8 @@ fn the_capability_matrix_is_the_documents() {
     let mut rows = Rows(Vec::new(), Probe::new(&device));
     for_each_method(&mut rows);
     rows.0.sort();
-    let head = "| method | linear | embedding | conv1d | conv2d | norm | hidden | attention | forward | merge | convertible | mix | rows | quantized base | HF format |\n\
-                |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n";
+    let head = "| method | linear | embedding | conv1d | conv2d | norm | hidden | attention | blocks | forward | merge | convertible | mix | rows | quantized base | HF format |\n\
+                |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n";
     let table = format!("{head}{}\n", rows.0.join("\n"));
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/methods.md");
     let text = std::fs::read_to_string(&path).expect("is committed");

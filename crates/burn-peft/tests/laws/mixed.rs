@@ -7,13 +7,14 @@ use burn::optim::GradientsParams;
 use burn_peft::additive::{Bottleneck, Ia3, LnTuning, PrefixTuning, VirtualTokens};
 use burn_peft::core::{
     AdapterConfig, Adapters, AnyAdapter, Guide, LIST_FILE, Method, Overlay, Scope, Sites, Targets,
-    Unwritten, adapt, adapter_files, save_together,
+    Unwritten, adapt, adapter_files, load, save, save_together, survey, trained_parameters,
 };
 use burn_peft::models::{BertForSequenceClassification, Pretrained};
 use burn_peft::registry::{load_all, load_any};
 use burn_peft::reparam::Lora;
-use burn_peft::train::data::{ClassItem, class_batch};
-use burn_peft::train::{EvalFeed, Options, Part, Run, TrainFeed, measure};
+use burn_peft::selective::{FishDip, FishDipAdapter, Mask};
+use burn_peft::train::data::{ClassBatch, ClassItem, class_batch};
+use burn_peft::train::{Collate, EvalFeed, Options, Part, Run, Sample, TrainFeed, measure};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -56,7 +57,12 @@ fn families_lie_over_one_model_together() {
     ];
     for (left_out, others) in without.into_iter().enumerate() {
         let other = values(model.forward(&tokens, &Scope::new(&others)));
-        let far = found.iter().zip(&other).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let far = found
+            .iter()
+            .zip(&other)
+            .map(|(a, b)| (a - b).abs())
+            .max_by(f32::total_cmp)
+            .unwrap_or_default();
         assert!(far > 1e-3, "{left_out} does nothing beside the others: {far}");
     }
 }
@@ -88,6 +94,73 @@ fn all_moved(before: &[Adapters<AnyAdapter>], after: &[Adapters<AnyAdapter>]) {
     }
 }
 
+/// Lengths of 24 texts of three classes, and what makes batches of them.
+fn texts() -> (Vec<usize>, Collate<ClassBatch>) {
+    let item = |i: u32| ClassItem {
+        ids: vec![2 + i % 5, 7 + i % 3, 11, 5 + i % 7],
+        type_ids: vec![0; 4],
+        label: (i % 3) as i32,
+    };
+    let items: Arc<Vec<_>> = Arc::new((0..24).map(item).collect());
+    (vec![4; items.len()], Arc::new(move |picked: &[usize]| class_batch(&items, picked, 0)))
+}
+
+/// Of 24 steps over these.
+fn run(model: &BertForSequenceClassification) -> Run<BertForSequenceClassification> {
+    let (lengths, collate) = texts();
+    let options = Options { learning_rate: 1e-2, max_steps: Some(24), ..Options::default() };
+    Run {
+        base: Arc::new(model.clone()),
+        device: device(),
+        train: TrainFeed::new(lengths, collate.clone(), &options),
+        valid: EvalFeed::new(&[], 8, collate),
+        options,
+        folder: None,
+        fingerprint: String::new(),
+        resume: false,
+        stop: Arc::default(),
+    }
+}
+
+#[test]
+fn fish_dip_looks_back_while_it_trains_beside_another() {
+    let model: BertForSequenceClassification = base("bert");
+    let sites = Sites::of(&model, Some(BertForSequenceClassification::OUTPUT));
+    let run = run(&model);
+    let targets = Targets::list(["query", "value"]);
+    let mut method = FishDip::new(0.02, targets.clone());
+    (method.top_examples, method.update_steps) = (4, 5);
+    let device = device();
+    let method = survey(method, &sites, &Sample::new(&model, &device, &run.train, 2));
+    let method = method.expect("fits");
+    let lora = Lora::new(4, 8.0, targets);
+    let parts = vec![part(&sites, &method), part(&sites, &lora)];
+    let fresh: Vec<_> = parts.iter().map(|part| part.adapters.clone()).collect();
+    let trained = run.fit(parts, Box::new(())).expect("learns").adapters;
+    all_moved(&fresh, &trained);
+    let [fresh, trained] =
+        [&fresh, &trained].map(|all| all[0].typed::<FishDipAdapter>().expect("is Fish-Dip's"));
+    let chosen = |adapters: &Adapters<FishDipAdapter>| {
+        let all = adapters.iter().map(|(path, a)| a.chosen(sites.get(path).expect("is there")));
+        all.flatten().collect::<Mask>()
+    };
+    let [before, after] = [&fresh, &trained].map(chosen);
+    // Of four places of 32·32 weights and 32 biases.
+    let count = 84;
+    assert_eq!([before.count(), after.count(), trained_parameters(&trained)], [count; 3]);
+    let fixed = before.intersection(&after).expect("fit").count();
+    assert!(fixed < count, "the mask stayed");
+    // What was learnt before is in the file, and what was read trains all of it.
+    let folder = tempfile::tempdir().expect("makes a folder");
+    save(folder.path(), &AdapterConfig::new(method), &sites, &trained).expect("is written");
+    let (_, read) = load::<FishDip>(folder.path(), &sites, &device).expect("is whole");
+    assert!(trained_parameters(&read) > count, "{}", trained_parameters(&read));
+    let tokens = tokens("bert", true);
+    let [here, there] =
+        [&trained.valid(), &read].map(|a| values(model.forward(&tokens, &Scope::new(a))));
+    assert_eq!(here, there);
+}
+
 #[test]
 fn families_are_trained_saved_and_loaded_together() {
     let model: BertForSequenceClassification = base("bert");
@@ -101,27 +174,8 @@ fn families_are_trained_saved_and_loaded_together() {
     let parts = vec![part(&sites, &lora), part(&sites, &bottleneck), part(&sites, &prefix)];
     let fresh: Vec<_> = parts.iter().map(|part| part.adapters.clone()).collect();
 
-    let item = |i: u32| ClassItem {
-        ids: vec![2 + i % 5, 7 + i % 3, 11, 5 + i % 7],
-        type_ids: vec![0; 4],
-        label: (i % 3) as i32,
-    };
-    let items: Arc<Vec<_>> = Arc::new((0..24).map(item).collect());
-    let lengths = vec![4; items.len()];
-    let collate = Arc::new(move |picked: &[usize]| class_batch(&items, picked, 0));
-    let options = Options { learning_rate: 1e-2, max_steps: Some(24), ..Options::default() };
-    let run = Run {
-        base: Arc::new(model.clone()),
-        device: device(),
-        train: TrainFeed::new(lengths.clone(), collate.clone(), &options),
-        valid: EvalFeed::new(&[], 8, collate.clone()),
-        options,
-        folder: None,
-        fingerprint: String::new(),
-        resume: false,
-        stop: Arc::default(),
-    };
-    let trained = run.fit(parts, Box::new(())).expect("learns").adapters;
+    let (lengths, collate) = texts();
+    let trained = run(&model).fit(parts, Box::new(())).expect("learns").adapters;
     all_moved(&fresh, &trained);
     let loss = |adapters: &Vec<Adapters<AnyAdapter>>| {
         let adapters: Vec<_> = adapters.iter().map(Module::valid).collect();

@@ -23,7 +23,7 @@ fn devices() -> Vec<Device> {
 
 /// Trains the factors through the attached model and checks that it learns, that the base keeps
 /// every bit, and that merging gives what was trained.
-fn trains<M: Module>(model: M, lora: &Lora, loss: impl Fn(&M) -> Tensor<1>) {
+pub(crate) fn trains<M: Module>(model: M, lora: &Lora, loss: impl Fn(&M) -> Tensor<1>) {
     let before = all_values(&model);
     let device = model.devices().first().expect("has parameters").clone();
     let sites = Sites::of(&model, None);

@@ -8,8 +8,8 @@ use burn::nn::{
 use burn::tensor::activation::{relu, softmax};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft::core::{
-    Counted, Front, HIDDEN, Hidden, HiddenPlace, Kind, Method, Names, Passes, Scope, SeenTokens,
-    Sites, Targets, Trained,
+    Counted, Front, Grid, HIDDEN, Hidden, HiddenPlace, Kind, Method, Names, Passes, Scope,
+    SeenTokens, Sites, Targets, Trained,
 };
 
 const VOCAB: usize = 11;
@@ -23,6 +23,12 @@ pub(crate) struct Block {
     place: HiddenPlace,
 }
 
+/// The one block of a list of them: what lies between the words and the convolutions.
+#[derive(Module, Debug)]
+struct Step {
+    place: HiddenPlace,
+}
+
 /// Words, two linear layers, a place for hidden states, an attention, both convolutions, a norm and a head. Widths of linear layers are multiples
 /// of 4, for methods that cut them into blocks.
 #[derive(Module, Debug)]
@@ -31,6 +37,7 @@ pub(crate) struct Probe {
     query: Linear,
     block: Block,
     mixer: MixerAttention,
+    stack: Vec<Step>,
     conv: Conv1d,
     image: Conv2d,
     norm: LayerNorm,
@@ -74,8 +81,8 @@ impl MixerAttention {
             (k, v) = (Tensor::cat(vec![keys, k], 1), Tensor::cat(vec![values, v], 1));
             scores = [own, scores].concat();
         }
-        let q = heads(x);
-        cx.attention(&q, &self.key, &self.value, mixed(&q, k, v, scores))
+        let q = heads(x.clone());
+        cx.attention(&x, &q, &self.key, &self.value, mixed(&q, k, v, scores))
     }
 }
 
@@ -94,6 +101,7 @@ impl Probe {
                 key: LinearConfig::new(WIDTH, WIDTH).init(device),
                 value: LinearConfig::new(WIDTH, WIDTH).init(device),
             },
+            stack: vec![Step { place: HiddenPlace::new(WIDTH) }],
             conv: conv.init(device),
             image: Conv2dConfig::new([1, 4], [2, 2]).with_stride([1, 2]).init(device),
             norm: LayerNormConfig::new(12).init(device),
@@ -111,11 +119,18 @@ impl Probe {
             let columns = Tensor::arange(0..SEQ as i64, &ids.device()).unsqueeze::<2>();
             columns.expand(ids.dims())
         });
-        if let Some(Front { parts: [prompt], scores }) = words.prompt(&x) {
-            (x, front) = (Tensor::cat(vec![prompt, x], 1), scores);
-        }
         // The last rows end in padding; virtual tokens are none of the sequence's own.
         let kept = ids.clone().ones_like().slice_fill([2..4, SEQ - 1..SEQ], 0);
+        let own = || SeenTokens {
+            ids: ids.clone(),
+            kept: kept.clone(),
+            past: 0,
+            before: None,
+            scores: None,
+        };
+        if let Some(Front { parts: [prompt], scores }) = words.prompt(&x, own) {
+            (x, front) = (Tensor::cat(vec![prompt, x], 1), scores);
+        }
         let virtual_tokens =
             |value: i64| Tensor::<2, Int>::full([ids.dims()[0], front.len()], value, &ids.device());
         let (seen, kept) = match front.is_empty() {
@@ -125,23 +140,22 @@ impl Probe {
                 Tensor::cat(vec![virtual_tokens(0), kept], 1),
             ),
         };
-        // Padding is hidden, and what comes later.
-        let [batch, all] = kept.dims();
-        let later = Tensor::<2>::full([all, all], HIDDEN, &ids.device()).triu(1);
-        let padding = (kept.clone().float() - 1.0) * -HIDDEN;
-        let scores = padding.reshape([batch, 1, 1, all]) + later.reshape([1, 1, all, all]);
-        let cx = &cx.reading(SeenTokens {
-            ids: seen,
-            kept,
-            past: 0,
-            before: None,
-            scores: Some(scores),
-        });
+        let scores = Some(seen_scores(&kept, 0));
+        let mut cx =
+            cx.reading(SeenTokens { ids: seen, kept: kept.clone(), past: 0, before: None, scores });
+        // The words as a picture: the first alone, the others in two rows.
+        cx = cx.over(Grid { first: kept.dims()[1] - SEQ + 1, rows: 2, columns: 2 });
+        let mut carried = cx.at("stack").carried();
+        if let Some(Front { parts: [tokens], scores }) = carried.before(0, &x) {
+            cx = cx.behind(scores.len(), Some(seen_scores(&kept, scores.len())));
+            (x, front) = (Tensor::cat(vec![tokens, x], 1), [scores, front].concat());
+        }
         let y = relu(cx.at("query").linear(&self.query, x.clone()));
-        let at = cx.at("block");
+        let (read, at) = (x.clone(), cx.at("block"));
         let y = at.hidden(Hidden::sublayer(&x, y).before(&self.block.norm));
         let x = at.at("norm").layer_norm(&self.block.norm, 1e-5, x + y);
         let x = x.clone() + self.mixer.forward(x, &front, &cx.at("mixer"));
+        let x = carried.after(cx.block("stack", 0).hidden(Hidden::block(read, x)));
         let x = cx.at("conv").conv1d(&self.conv, x.swap_dims(1, 2)); // [batch, 6, seq]
         let x = cx.at("image").conv2d(&self.image, x.swap_dims(1, 2).unsqueeze_dim(1));
         let x = cx.at("norm").layer_norm(&self.norm, 1e-5, flat(x));
@@ -162,6 +176,19 @@ impl Probe {
         let x = self.norm.forward(flat(x));
         self.head.forward(relu(self.mix.forward(x)))
     }
+}
+
+/// Padding is hidden, and what comes later; `n` tokens more stand in front.
+fn seen_scores(kept: &Tensor<2, Int>, n: usize) -> Tensor<4> {
+    let ([batch, own], device) = (kept.dims(), kept.device());
+    let all = n + own;
+    let later = Tensor::<2>::full([all, all], HIDDEN, &device).triu(1);
+    let kept = match n {
+        0 => kept.clone(),
+        n => Tensor::cat(vec![Tensor::ones([batch, n], &device), kept.clone()], 1),
+    };
+    let padding = (kept.float() - 1.0) * -HIDDEN;
+    padding.reshape([batch, 1, 1, all]) + later.reshape([1, 1, all, all])
 }
 
 /// `[batch, 4, h, w]` → `[batch, h, 4 · w]`.
@@ -299,9 +326,9 @@ pub(crate) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 /// The largest difference, and what it may be: a few hundred roundings of numbers of this size.
 pub(crate) fn distance(found: &[f32], expected: &[f32]) -> [f32; 2] {
     let size = expected.iter().fold(1.0_f32, |size, x| size.max(x.abs()));
-    let differences = found.iter().zip(expected).map(|(a, b)| (a - b).abs());
     // `f32::max` would pass over what is no number.
-    let far = differences.fold(0.0, |far, d| if far >= d || far.is_nan() { far } else { d });
+    let far = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).max_by(f32::total_cmp);
+    let far = far.unwrap_or_default();
     [far, 256.0 * f32::EPSILON * size]
 }
 

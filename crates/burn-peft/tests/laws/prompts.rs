@@ -5,7 +5,10 @@ use crate::hf::{base, device, fixtures, floats, near, open, tokens};
 use crate::probe::{Drawn, values};
 use burn::module::Module;
 use burn::tensor::{Int, Tensor};
-use burn_peft::additive::{DePt, PTuning, PrefixTuning, PromptInit, PromptTuning, VirtualTokens};
+use burn_peft::additive::{
+    Apt, DePt, GeneratorType, Idpg, Lpt, PTuning, PrefixPropagation, PrefixTuning, PromptInit,
+    PromptTuning, Smop, VirtualTokens, Vpt,
+};
 use burn_peft::core::{
     Adapter, AdapterConfig, Adapters, Laid, Method, Overlay, Scope, Sites, Strength, Targets,
     adapt, load, save,
@@ -83,6 +86,13 @@ fn hidden_prompts_are_the_base_on_llama() {
     law(&trained(&sites, &PromptTuning::new(4)), "prompt");
     law(&trained(&sites, &PTuning::new(3)), "P-tuning");
     law(&trained(&sites, &prefix(5)), "prefix");
+    law(&trained(&sites, &Apt::new(3)), "APT");
+    law(&trained(&sites, &Vpt::deep(3)), "VPT");
+    law(&trained(&sites, &Vpt::shallow(3)), "VPT, shallow");
+    law(&trained(&sites, &PrefixPropagation::new(3)), "prefix propagation");
+    law(&trained(&sites, &Lpt::new(3, None)), "LPT");
+    let between = (trained(&sites, &Vpt::deep(2)), trained(&sites, &Lpt::new(3, None)));
+    law(&between, "VPT and LPT");
     let both = (trained(&sites, &PromptTuning::new(4)), trained(&sites, &prefix(5)));
     law(&both, "prompt and prefix");
 }
@@ -97,6 +107,18 @@ fn hidden_prompts_are_the_base_on_bert() {
     let expected = values(model.forward(&moved(&tokens, 5), &Scope::plain()));
     near(&hidden, &expected, "prefix");
     differ(&values(model.forward(&tokens, &Scope::new(&adapters))), &expected);
+
+    // What stands in front of a block moves nobody.
+    let plain = values(model.forward(&tokens, &Scope::plain()));
+    let between = |overlay: &dyn Overlay, what: &str| {
+        differ(&values(model.forward(&tokens, &Scope::new(&overlay))), &plain);
+        let hidden = Weighted(&overlay, 0.0);
+        near(&values(model.forward(&tokens, &Scope::new(&hidden))), &plain, what);
+    };
+    between(&trained(&sites, &Vpt::deep(3)), "VPT");
+    between(&trained(&sites, &PrefixPropagation::new(3)), "prefix propagation");
+    between(&trained(&sites, &Lpt::new(3, Some(GeneratorType::Npg))), "LPT");
+    between(&trained(&sites, &Lpt::new(3, Some(GeneratorType::Appg))), "LPT with pooling");
 
     let adapters = trained(&sites, &PromptTuning::new(4));
     let weighted = Weighted(&adapters, 0.0);
@@ -134,7 +156,8 @@ fn a_strength_is_how_often_it_counts() {
 fn a_cache_changes_nothing() {
     let model: Llama = base("llama");
     let sites = sites(&model);
-    let adapters = (trained(&sites, &dept()), trained(&sites, &prefix(3)));
+    let between = (trained(&sites, &Vpt::deep(2)), trained(&sites, &Lpt::new(3, None)));
+    let adapters = (trained(&sites, &dept()), trained(&sites, &prefix(3)), between);
     let cx = Scope::new(&adapters);
     let ids = [5_u32, 40, 17, 9, 61, 33];
     let whole = values(model.hidden(&Tokens::row(&ids), &cx, None));
@@ -151,7 +174,8 @@ fn a_cache_changes_nothing() {
 fn packed_documents_each_have_the_prompt() {
     let model: Llama = base("llama");
     let sites = sites(&model);
-    let adapters = (trained(&sites, &dept()), trained(&sites, &prefix(3)));
+    let between = (trained(&sites, &Vpt::deep(2)), trained(&sites, &Lpt::new(3, None)));
+    let adapters = (trained(&sites, &dept()), trained(&sites, &prefix(3)), between);
     let cx = Scope::new(&adapters);
     let (one, two) = ([5_u32, 40, 17, 9], [61_u32, 33, 8]);
     let alone = [&one[..], &two[..]].map(|ids| values(model.forward(&Tokens::row(ids), &cx)));
@@ -282,6 +306,23 @@ fn what_does_not_fit_is_named() {
     );
 }
 
+/// A prompt that is made of all words is none for a model that is to predict them.
+#[test]
+fn prompts_made_of_words_are_refused_where_these_are_predicted() {
+    let model: Llama = base("llama");
+    let sites = sites(&model);
+    fn refused<T: Method>(sites: &Sites, method: &T) {
+        let said = adapt(sites, method, 0, &device()).expect_err("would tell").to_string();
+        assert!(said.contains("lm_head") && said.contains("predict"), "{said}");
+    }
+    refused(&sites, &Idpg::new(3, 4));
+    refused(&sites, &Smop::new(3, 2));
+    refused(&sites, &Lpt::new(3, Some(GeneratorType::Npg)));
+    let above = Lpt { add_prompt_layer: Some(2), ..Lpt::new(3, None) };
+    let said = adapt(&sites, &above, 0, &device()).expect_err("has 2 blocks").to_string();
+    assert!(said.contains("add_prompt_layer") && said.contains("less than 2"), "{said}");
+}
+
 /// Sequences share their positions with what stands in front.
 #[test]
 fn too_long_a_sequence_is_refused() {
@@ -338,9 +379,16 @@ fn places_are_found() {
     };
     assert_eq!(
         paths(&sites(&bert)),
-        ["bert.encoder.layer.0.attention.self", "bert.encoder.layer.1.attention.self"]
+        [
+            "bert.encoder.layer",
+            "bert.encoder.layer.0.attention.self",
+            "bert.encoder.layer.1.attention.self"
+        ]
     );
-    assert_eq!(paths(&sites(&llama)), ["model.layers.0.self_attn", "model.layers.1.self_attn"]);
+    assert_eq!(
+        paths(&sites(&llama)),
+        ["model.layers", "model.layers.0.self_attn", "model.layers.1.self_attn"]
+    );
     let adapters = trained(&sites(&llama), &prefix(3));
     assert!(adapters.iter().all(|(_, adapter)| adapter.virtual_tokens() == 3));
 }

@@ -15,8 +15,8 @@ use burn_peft::core::{
 use burn_peft::models::{BertForSequenceClassification, Pretrained, Tokens};
 use burn_peft::registry::{Job, with_method};
 use burn_peft::selective::{
-    BitFitAdapter, Chosen, FishMask, Mask, PaFi, Parameter, Sam, SelectedAdapter, Smallest,
-    SptAdapter, ThresholdMaskAdapter, mask_of,
+    BitFitAdapter, Chosen, FishDipAdapter, FishMask, Mask, PaFi, Parameter, Sam, SelectedAdapter,
+    Smallest, SptAdapter, ThresholdMaskAdapter, mask_of,
 };
 use burn_peft::train::Objective;
 use burn_peft::train::data::ClassBatch;
@@ -51,6 +51,9 @@ fn numbers(site: &Site, parameter: Parameter) -> Vec<f32> {
 fn may_change(adapter: &AnyAdapter, site: &Site) -> Option<Mask> {
     if let Some(selected) = adapter.get::<SelectedAdapter>() {
         return Some(selected.chosen(site).into_iter().collect());
+    }
+    if let Some(dip) = adapter.get::<FishDipAdapter>() {
+        return Some(dip.chosen(site).into_iter().collect());
     }
     if let Some(spt) = adapter.get::<SptAdapter>() {
         let alone = spt.low_rank.is_none();
@@ -293,7 +296,12 @@ fn torch_chooses_and_learns_the_same() {
             let here: Vec<i64> = chosen.indices().iter().map(|at| i64::from(*at)).collect();
             assert_eq!(here, there, "{name} {parameter}");
         }
-        let far = losses.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let far = losses
+            .iter()
+            .zip(&expected)
+            .map(|(a, b)| (a - b).abs())
+            .max_by(f32::total_cmp)
+            .unwrap_or_default();
         assert!(far < 1e-4, "{name}: {losses:?}, expected {expected:?}");
         assert!(losses[3] < losses[0], "{name} learns nothing: {losses:?}");
     }
