@@ -316,6 +316,14 @@ impl Method for SparseAdapter {
             let reason = "snip chooses by data, and none were looked at; call `survey` first";
             return Err(Error::config("pruning", reason));
         }
+        let count = self.count(r * hidden);
+        if let Some([found, _]) = kept.filter(|kept| kept.iter().any(|own| own.len() != count)) {
+            let found = found.len();
+            let reason = format!(
+                "snip chose {found} numbers of another base's matrices; expected {count}, call `survey` with this base"
+            );
+            return Err(Error::place(&site.path, reason));
+        }
         let mut own = site_rng(self.pruning_seed, &site.path);
         let rng = if kept.is_some() { &mut own } else { rng };
         let [first, second] = [0, 1].map(|at| kept.map(|kept| kept[at].as_slice()));

@@ -93,7 +93,41 @@ fn forgetting(runs: &[(u64, Measured)]) -> Option<String> {
 }
 
 /// The columns: what they are called and what stands there.
-type Column = (&'static str, fn(&Line<'_>, Option<f64>) -> String);
+type Column = (&'static str, fn(&Line<'_>, &Steps) -> String);
+
+/// Where step times come from: all from one of these, so that none stands beside another's.
+enum Steps {
+    /// From the turns of `--times`.
+    Turns,
+    /// From the whole runs, LoRA's mean among them, in seconds.
+    Runs(Option<f64>),
+}
+
+impl Steps {
+    fn of(head: &Head, lines: &[Line<'_>]) -> Self {
+        if head.timed {
+            return Self::Turns;
+        }
+        let lora = lines.iter().find(|line| line.row.name == "lora");
+        Self::Runs(lora.and_then(|line| mean(step, &line.ours)))
+    }
+
+    /// A line's, in seconds.
+    fn time(&self, line: &Line<'_>) -> Option<f64> {
+        match self {
+            Self::Turns => medians(&line.times).map(|(own, _)| own),
+            Self::Runs(_) => mean(step, &line.ours),
+        }
+    }
+
+    /// A line's over LoRA's.
+    fn ratio(&self, line: &Line<'_>) -> Option<f64> {
+        match self {
+            Self::Turns => medians(&line.times).map(|(_, ratio)| ratio),
+            Self::Runs(lora) => Some(mean(step, &line.ours)? / (*lora)?),
+        }
+    }
+}
 
 const OWN: &[Column] = &[
     ("method", |line, _| line.row.name.clone()),
@@ -107,11 +141,8 @@ const OWN: &[Column] = &[
         None if line.failures.iter().any(|(_, side, _)| *side == Side::Ours) => "failed".into(),
         told => cell(told),
     }),
-    ("step", |line, _| match medians(&line.times) {
-        Some((own, _)) => format!("{:.0} ms", 1e3 * own),
-        None => cell(milliseconds(&line.ours)),
-    }),
-    ("× LoRA", |line, lora| cell(ratio(line, lora).map(|ratio| format!("{ratio:.2}")))),
+    ("step", |line, steps| cell(steps.time(line).map(|s| format!("{:.0} ms", 1e3 * s)))),
+    ("× LoRA", |line, steps| cell(steps.ratio(line).map(|ratio| format!("{ratio:.2}")))),
     ("memory", |line, _| cell(memory(&line.ours))),
     ("forgetting", |line, _| cell(forgetting(&line.ours))),
 ];
@@ -127,20 +158,9 @@ const THEIRS: &[Column] = &[
     ("forgetting", |line, _| cell(forgetting(&line.python))),
 ];
 
-/// Of LoRA's step: as timed turn by turn, or else of the whole runs.
-fn ratio(line: &Line<'_>, lora: Option<f64>) -> Option<f64> {
-    let whole = || Some(mean(step, &line.ours)? / lora?);
-    medians(&line.times).map(|(_, ratio)| ratio).or_else(whole)
-}
-
-/// The step of the row that all others are measured by.
-fn lora(lines: &[Line<'_>]) -> Option<f64> {
-    lines.iter().find(|line| line.row.name == "lora").and_then(|line| mean(step, &line.ours))
-}
-
 /// The table with what must be known to read it. Families follow each other as in the recipe.
 pub(super) fn markdown(head: &Head, lines: &[Line<'_>]) -> String {
-    let lora = lora(lines);
+    let steps = Steps::of(head, lines);
     let columns: Vec<&Column> = OWN.iter().chain(if head.against { THEIRS } else { &[] }).collect();
     let mut text = introduction(head);
     for block in lines.chunk_by(|one, other| one.row.family == other.row.family) {
@@ -150,11 +170,11 @@ pub(super) fn markdown(head: &Head, lines: &[Line<'_>]) -> String {
         let rule = names.iter().map(|_| "---").collect::<Vec<_>>().join("|");
         let _ = write!(text, "\n## {}\n\n| {} |\n|{rule}|\n", first.row.family, names.join(" | "));
         for line in block {
-            let cells: Vec<_> = columns.iter().map(|(_, value)| value(line, lora)).collect();
+            let cells: Vec<_> = columns.iter().map(|(_, value)| value(line, &steps)).collect();
             let _ = writeln!(text, "| {} |", cells.join(" | "));
         }
     }
-    text + &verdicts(head.against, lines, lora)
+    text + &verdicts(head.against, lines, &steps)
 }
 
 fn introduction(head: &Head) -> String {
@@ -185,7 +205,7 @@ fn introduction(head: &Head) -> String {
 }
 
 /// What the columns say all in all, and what went wrong.
-fn verdicts(against: bool, lines: &[Line<'_>], lora: Option<f64>) -> String {
+fn verdicts(against: bool, lines: &[Line<'_>], steps: &Steps) -> String {
     let mut text = String::new();
     let apart = lines.iter().filter_map(|line| Some((line, difference(line)?)));
     let far = apart.max_by(|a, b| a.1.abs().total_cmp(&b.1.abs()));
@@ -196,12 +216,11 @@ fn verdicts(against: bool, lines: &[Line<'_>], lora: Option<f64>) -> String {
             "\nThe accuracy furthest from the reference's: {name}, {points:+.1} points.\n"
         );
     }
-    let slow = lines.iter().filter_map(|line| Some((&line.row.name, ratio(line, lora)?)));
-    let slow: Vec<_> = slow
-        .filter(|(_, ratio)| *ratio > SLOW)
-        .map(|(name, ratio)| format!("{name} {ratio:.2}"))
-        .collect();
-    if lora.is_some() {
+    let told = lines.iter().filter_map(|line| Some((&line.row.name, steps.ratio(line)?)));
+    let told: Vec<_> = told.collect();
+    let slow = told.iter().filter(|(_, ratio)| *ratio > SLOW);
+    let slow: Vec<_> = slow.map(|(name, ratio)| format!("{name} {ratio:.2}")).collect();
+    if !told.is_empty() {
         let slow = if slow.is_empty() { "none".into() } else { slow.join(", ") };
         let _ = write!(text, "\nSteps of more than {SLOW} times LoRA's: {slow}.\n");
     }
@@ -321,7 +340,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn what_was_timed_turn_by_turn_stands_for_the_whole_runs() {
+    fn where_steps_were_timed_no_others_are_told() {
         let recipe = Recipe::sentiment().expect("is a recipe");
         let line = |row, seconds, times| Line {
             row: &recipe.rows[row],
@@ -333,7 +352,7 @@ pub(super) mod tests {
         let times = vec![Times { own: 0.6, lora: 0.5 }];
         let lines = [line(0, 0.4, vec![]), line(1, 0.8, times), line(2, 0.8, vec![])];
         let text = markdown(&Head { timed: true, ..head(false) }, &lines);
-        for expected in ["| 600 ms | 1.20 |", "| 800 ms | 2.00 |", "LoRA's before each"] {
+        for expected in ["| 600 ms | 1.20 |", "| 75.0 |  |  | 1.25 GB |", "LoRA's before each"] {
             assert!(text.contains(expected), "{expected} is not in\n{text}");
         }
     }

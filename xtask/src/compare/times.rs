@@ -24,9 +24,13 @@ pub(super) fn take(
 ) -> Result<Times, Failure> {
     let (job, lora) = (short(job, steps), short(lora, steps));
     let file = job.file(desk, "times.json");
-    if let Ok(text) = std::fs::read_to_string(&file) {
-        return serde_json::from_str(&text)
-            .map_err(|e| Failure::at(&file, format!("{e}; delete it to time anew")));
+    match std::fs::read_to_string(&file) {
+        Ok(text) => {
+            return serde_json::from_str(&text)
+                .map_err(|e| Failure::at(&file, format!("{e}; delete it to time anew")));
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        Err(e) => return Err(Failure::at(&file, e)),
     }
     let lora = lora.step_seconds(desk)?;
     let times = Times { own: job.step_seconds(desk)?, lora };
