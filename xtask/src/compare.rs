@@ -9,7 +9,7 @@ mod times;
 use crate::assets::MINILM;
 use crate::failure::Failure;
 use crate::summary::duration;
-use crate::{demo, exec, fetch, places, python};
+use crate::{demo, dinov2, exec, fashion, fetch, places, python};
 use recipe::Recipe;
 use run::{Desk, Job, Side};
 use serde_json::Value;
@@ -26,10 +26,31 @@ const NEUTRAL: &str = "xtask/compare/neutral.tsv";
 /// The split of the data; what is drawn in a run depends on `--seeds`.
 const SPLIT: u64 = 42;
 
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+/// Pictures of Fashion-MNIST to train on and to ask about, and the side to which they are enlarged.
+const PICTURES: [usize; 2] = [4000, 1000];
+const SIDE: usize = 56;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Task {
     /// MiniLM learns which movie review snippets are positive
     Sentiment,
+    /// DINOv2-small learns the ten kinds of clothes of Fashion-MNIST
+    Images,
+}
+
+impl Task {
+    /// What is learned, and from what.
+    fn told(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Sentiment => ("Positive or negative", "movie review snippets"),
+            Self::Images => ("Ten kinds of clothes", "pictures of Fashion-MNIST"),
+        }
+    }
+
+    /// Whether the model reads sentences, so that neutral ones show what it forgets.
+    fn has_sentences(self) -> bool {
+        self == Self::Sentiment
+    }
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -40,7 +61,7 @@ enum Against {
 
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "The rows and their settings are in xtask/compare/sentiment.json. Finished runs are kept in
+    after_help = "The rows and their settings are in xtask/compare/, a file a task. Finished runs are kept in
 the output folder's runs/, and a later call with the same settings does not run them again:
 broken off, start it once more. --against python needs an environment as `cargo xtask ci` makes it.
 
@@ -48,7 +69,8 @@ Examples:
   cargo xtask compare --task sentiment
   cargo xtask compare --task sentiment --methods lora,oft --steps 30
   cargo xtask compare --task sentiment --methods lora,dora,oft --seeds 1,2,3 --against python
-  cargo xtask compare --task sentiment --times"
+  cargo xtask compare --task sentiment --times
+  cargo xtask compare --task images"
 )]
 pub(crate) struct CompareArgs {
     /// What the methods are trained for
@@ -70,14 +92,15 @@ pub(crate) struct CompareArgs {
     /// a machine that does nothing else
     #[arg(long, conflicts_with = "against")]
     times: bool,
-    /// Where table, picture and runs go [default: compare-output in the repository]
+    /// Where table, picture and runs go [default: compare-output/TASK in the repository]
     #[arg(long, value_name = "DIR")]
     output_dir: Option<PathBuf>,
-    /// Folder of a BERT model, in place of the download
+    /// Folder of a BERT model, or for images of a ViT or DINOv2, in place of the download
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// Ratings (id, mean, text between tabs), or a .tar.gz that holds them, in place of the download
-    #[arg(long, value_name = "FILE")]
+    /// Ratings (id, mean, text between tabs), or a .tar.gz that holds them, or for images a folder of
+    /// MNIST's four files, in place of the download
+    #[arg(long, value_name = "PATH")]
     data: Option<PathBuf>,
     /// The program burn-peft, in place of building it
     #[arg(long, value_name = "FILE")]
@@ -88,13 +111,20 @@ pub(crate) struct CompareArgs {
 pub(crate) fn run(args: &CompareArgs) -> Result<(), Failure> {
     let mut recipe = match args.task {
         Task::Sentiment => Recipe::sentiment()?,
+        Task::Images => Recipe::images()?,
     };
+    if args.against.is_some() && !recipe.rows.iter().any(|row| row.reference.is_some()) {
+        return Err(Failure::new(
+            "no row of this task has a reference in Python; leave --against out",
+        ));
+    }
     if let Some(steps) = args.steps.filter(|_| !args.times) {
         recipe.training.insert("max_steps".into(), steps.into());
     }
     let rows = recipe.select(&args.methods)?;
     let (desk, held_out) = prepare(args)?;
     let head = Head {
+        task: args.task,
         model: name(&desk.model),
         training: Value::Object(recipe.training.clone()),
         seeds: args.seeds.clone(),
@@ -201,18 +231,38 @@ fn name(folder: &Path) -> String {
     folder.file_name().map_or_else(|| folder.display().to_string(), |n| n.display().to_string())
 }
 
-/// Everything that a run needs, and how many reviews are held out.
+/// Everything that a run needs, and how many examples are held out.
 fn prepare(args: &CompareArgs) -> Result<(Desk, usize), Failure> {
-    let model = args.model.clone().map_or_else(|| fetch::fetch(&MINILM, REMEDY), Ok)?;
-    let split = demo::data(args.data.as_deref(), SPLIT, REMEDY)?;
     let python = match args.against {
         None => None,
         Some(Against::Python) => {
             Some((python::with_peft()?, places::root().join("interop/compare.py")))
         }
     };
-    let output = args.output_dir.clone().unwrap_or_else(|| places::root().join("compare-output"));
+    let output = args.output_dir.clone().unwrap_or_else(|| {
+        let task = if args.task.has_sentences() { "sentiment" } else { "images" };
+        places::root().join("compare-output").join(task)
+    });
     places::make(&output.join("runs"))?;
+    let data = args.data.as_deref();
+    let (model, neutral, [train, held_out], count) = match args.task {
+        Task::Sentiment => {
+            let split = demo::data(data, SPLIT, REMEDY)?;
+            // Nothing is chosen by the validation data, so that it may be asked about as well.
+            let (held_out, count) = together(&split.folder, &output.join("held-out.tsv"))?;
+            let model = args.model.clone().map_or_else(|| fetch::fetch(&MINILM, REMEDY), Ok)?;
+            let files = [split.folder.join("train.tsv"), held_out];
+            (model, Some(places::root().join(NEUTRAL)), files, count)
+        }
+        Task::Images => {
+            let [train, test] = PICTURES;
+            let folder = fashion::folder(data, train, test, REMEDY)?;
+            let model = args.model.clone().map_or_else(|| dinov2::folder(SIDE, REMEDY), Ok)?;
+            let files =
+                ["train", "t10k"].map(|name| folder.join(format!("{name}-images-idx3-ubyte")));
+            (model, None, files, test)
+        }
+    };
     let program = match &args.program {
         Some(program) => program.clone(),
         None => {
@@ -222,12 +272,9 @@ fn prepare(args: &CompareArgs) -> Result<(Desk, usize), Failure> {
             exec::build_program(&[])?
         }
     };
-    let train = split.folder.join("train.tsv");
-    // Nothing is chosen by the validation data, so that it may be asked about as well.
-    let (held_out, count) = together(&split.folder, &output.join("held-out.tsv"))?;
-    let neutral = places::root().join(NEUTRAL);
     let sum = |path: &PathBuf| fetch::sha256(path).map_err(|e| Failure::at(path, e));
-    let sums = [&train, &held_out, &neutral].into_iter().map(sum).collect::<Result<_, _>>()?;
+    let files = [&train, &held_out].into_iter().chain(&neutral);
+    let sums = files.map(sum).collect::<Result<_, _>>()?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let desk = Desk { program, python, model, train, held_out, neutral, sums, output, threads };
     desk.embed_base()?;

@@ -4,8 +4,9 @@ use crate::failure::Failure;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-/// The recipe of the task "sentiment".
+/// The recipes of the tasks.
 const SENTIMENT: &str = include_str!("../../compare/sentiment.json");
+const IMAGES: &str = include_str!("../../compare/images.json");
 
 /// All rows of a task's table.
 #[derive(Debug, Clone, Deserialize)]
@@ -42,6 +43,11 @@ impl Recipe {
     /// That of the task "sentiment".
     pub(super) fn sentiment() -> Result<Self, Failure> {
         Self::read(SENTIMENT)
+    }
+
+    /// That of the task "images".
+    pub(super) fn images() -> Result<Self, Failure> {
+        Self::read(IMAGES)
     }
 
     fn read(text: &str) -> Result<Self, Failure> {

@@ -40,8 +40,8 @@ pub(super) struct Measured {
     pub(super) step_seconds: f64,
     /// Largest resident memory of the training process, where the system says.
     pub(super) peak_memory_bytes: Option<u64>,
-    /// 1 less the mean cosine between a neutral sentence's embeddings before and after.
-    pub(super) forgetting: f64,
+    /// 1 less the mean cosine between a neutral sentence's embeddings before and after, of a model of texts.
+    pub(super) forgetting: Option<f64>,
     /// Time of the whole run: loading, training, evaluating.
     #[serde(default)]
     pub(super) seconds: f64,
@@ -55,7 +55,8 @@ pub(super) struct Desk {
     pub(super) model: PathBuf,
     pub(super) train: PathBuf,
     pub(super) held_out: PathBuf,
-    pub(super) neutral: PathBuf,
+    /// Sentences that have nothing to do with the task, for a model of texts.
+    pub(super) neutral: Option<PathBuf>,
     /// Sums of the data, which are part of what was run.
     pub(super) sums: Vec<String>,
     pub(super) output: PathBuf,
@@ -155,15 +156,18 @@ impl Job<'_> {
         let report = exec::logged(&mut eval, log)?;
         let report: Value = serde_json::from_slice(&report).map_err(|e| Failure::at(log, e))?;
 
-        let embeddings = folder.join("adapted.safetensors");
-        desk.embed(Some(&adapter), &embeddings, log)?;
+        let adapted = folder.join("adapted.safetensors");
+        let forgetting = match desk.embed(Some(&adapter), &adapted, log)? {
+            true => Some(1.0 - similarity(&desk.base_embeddings(), &adapted)?),
+            false => None,
+        };
         Ok(Measured {
             accuracy: number(&report, "accuracy", &adapter)?,
             trainable_parameters: number(&summary, "trainable_parameters", &adapter)? as u64,
             adapter_bytes: tensor_bytes(&adapter)?,
             step_seconds: step_seconds(&summary, &adapter)?,
             peak_memory_bytes: summary["peak_memory_bytes"].as_u64(),
-            forgetting: 1.0 - similarity(&desk.base_embeddings(), &embeddings)?,
+            forgetting,
             seconds: 0.0,
         })
     }
@@ -248,20 +252,22 @@ impl Desk {
         self.output.join("base.safetensors")
     }
 
-    /// The neutral sentences as the model without an adapter sees them.
+    /// The neutral sentences, if there are any, as the model without an adapter sees them.
     pub(super) fn embed_base(&self) -> Result<(), Failure> {
         let log = self.output.join("base.log");
         fs::write(&log, b"").map_err(|e| Failure::at(&log, e))?;
-        self.embed(None, &self.base_embeddings(), &log)
+        self.embed(None, &self.base_embeddings(), &log).map(drop)
     }
 
-    fn embed(&self, adapter: Option<&Path>, output: &Path, log: &Path) -> Result<(), Failure> {
+    /// Whether there were sentences to embed.
+    fn embed(&self, adapter: Option<&Path>, output: &Path, log: &Path) -> Result<bool, Failure> {
+        let Some(neutral) = &self.neutral else { return Ok(false) };
         let mut embed = self.command("embed");
-        embed.arg("--test-file").arg(&self.neutral).arg("--output").arg(output);
+        embed.arg("--test-file").arg(neutral).arg("--output").arg(output);
         if let Some(adapter) = adapter {
             embed.arg("--adapter").arg(adapter);
         }
-        exec::logged(&mut embed, log).map(drop)
+        exec::logged(&mut embed, log).map(|_| true)
     }
 }
 
@@ -317,7 +323,7 @@ mod tests {
             model: "minilm".into(),
             train: "train.tsv".into(),
             held_out: "held-out.tsv".into(),
-            neutral: "neutral.tsv".into(),
+            neutral: Some("neutral.tsv".into()),
             sums: vec!["1".into()],
             output: output.into(),
             threads: 2,
@@ -361,7 +367,7 @@ mod tests {
             adapter_bytes: 40,
             step_seconds: 0.5,
             peak_memory_bytes: None,
-            forgetting: 0.01,
+            forgetting: Some(0.01),
             seconds: 60.0,
         };
         let text = json!({"measured": measured}).to_string();

@@ -1,5 +1,6 @@
 //! The table of a comparison, as Markdown and as JSON.
 
+use super::Task;
 use super::recipe::Row;
 use super::run::{Measured, Side};
 use super::times::{Times, medians};
@@ -25,6 +26,7 @@ pub(super) struct Line<'r> {
 /// What holds for all rows.
 #[derive(Debug)]
 pub(super) struct Head {
+    pub(super) task: Task,
     pub(super) model: String,
     pub(super) training: Value,
     pub(super) seeds: Vec<u64>,
@@ -89,7 +91,8 @@ fn milliseconds(runs: &[(u64, Measured)]) -> Option<String> {
 }
 
 fn forgetting(runs: &[(u64, Measured)]) -> Option<String> {
-    mean(|run| run.forgetting, runs).map(|share| format!("{share:.3}"))
+    let told: Vec<f64> = runs.iter().filter_map(|(_, run)| run.forgetting).collect();
+    (!told.is_empty()).then(|| format!("{:.3}", told.iter().sum::<f64>() / told.len() as f64))
 }
 
 /// The columns: what they are called and what stands there.
@@ -161,7 +164,9 @@ const THEIRS: &[Column] = &[
 /// The table with what must be known to read it. Families follow each other as in the recipe.
 pub(super) fn markdown(head: &Head, lines: &[Line<'_>]) -> String {
     let steps = Steps::of(head, lines);
-    let columns: Vec<&Column> = OWN.iter().chain(if head.against { THEIRS } else { &[] }).collect();
+    let columns = OWN.iter().chain(if head.against { THEIRS } else { &[] });
+    let columns: Vec<&Column> =
+        columns.filter(|(name, _)| head.task.has_sentences() || *name != "forgetting").collect();
     let mut text = introduction(head);
     for block in lines.chunk_by(|one, other| one.row.family == other.row.family) {
         let block: Vec<_> = block.iter().filter(|line| line.begun()).collect();
@@ -180,19 +185,22 @@ pub(super) fn markdown(head: &Head, lines: &[Line<'_>]) -> String {
 fn introduction(head: &Head) -> String {
     let of = |name: &str| head.training[name].to_string();
     let seeds = head.seeds.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
+    let (taught, things) = head.task.told();
     let mut text = format!(
-        "# Methods, compared\n\nPositive or negative: {} is trained on movie review snippets for {} steps of {} \
-         reviews and asked about {} others. Seeds: {seeds}; numbers are their means, with the standard \
-         deviation. Threads: {}.\n\n\
-         accuracy: % of the held-out reviews. trained: parameters, those of the head among \
+        "# Methods, compared\n\n{taught}: {} is trained for {} steps of {} {things} and asked about {} others. \
+         Seeds: {seeds}; numbers are their means, with the standard deviation. Threads: {}.\n\n\
+         accuracy: % of the held-out {things}. trained: parameters, those of the head among \
          them. adapter: `adapter_model.safetensors`. step: mean time of an optimizer step. memory: the training \
-         process's largest. forgetting: 1 less the cosine of neutral sentences' embeddings before and after.",
+         process's largest.",
         head.model,
         of("max_steps"),
         of("per_device_train_batch_size"),
         grouped(head.held_out as f64),
         head.threads,
     );
+    if head.task.has_sentences() {
+        text += " forgetting: 1 less the cosine of neutral sentences' embeddings before and after.";
+    }
     if head.timed {
         text += " Steps were timed in short runs of their own, LoRA's before each.";
     }
@@ -283,7 +291,7 @@ pub(super) mod tests {
             adapter_bytes: 299_000,
             step_seconds,
             peak_memory_bytes: Some(1_250_000_000),
-            forgetting: 0.0124,
+            forgetting: Some(0.0124),
             seconds: 61.0,
         }
     }
@@ -291,6 +299,7 @@ pub(super) mod tests {
     fn head(against: bool) -> Head {
         let training = json!({"max_steps": 120, "per_device_train_batch_size": 32});
         Head {
+            task: Task::Sentiment,
             model: "all-MiniLM-L6-v2".into(),
             training,
             seeds: vec![1, 2],
@@ -332,7 +341,7 @@ pub(super) mod tests {
             "| boft |  |  | failed |  |  |  |  |\n",
             "Steps of more than 1.5 times LoRA's: oft 1.60.",
             "- boft, ours, seed 2: burn-peft train: no\n",
-            "asked about 2,114 others",
+            "asked about 2,114 others. Seeds",
         ] {
             assert!(text.contains(expected), "{expected} is not in\n{text}");
         }
