@@ -27,7 +27,7 @@ const NEUTRAL: &str = "xtask/compare/neutral.tsv";
 const SPLIT: u64 = 42;
 
 /// Pictures of Fashion-MNIST to train on and to ask about, and the side to which they are enlarged.
-const PICTURES: [usize; 2] = [4000, 1000];
+const PICTURES: [usize; 2] = [2000, 1000];
 const SIDE: usize = 56;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
