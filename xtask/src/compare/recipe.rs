@@ -104,7 +104,7 @@ mod tests {
                 assert!(!peft || *in_hf_format, "{}: HF PEFT has no such", row.name);
             }
         }
-        for row in &recipe.rows {
+        for row in recipe.rows.iter().chain(&Recipe::images().expect("is a recipe").rows) {
             assert!(registered.iter().any(|(method, _)| *method == row.method), "{}", row.method);
         }
     }
@@ -123,14 +123,16 @@ mod tests {
 
     #[test]
     fn rows_have_names_of_their_own_and_stand_by_family() {
-        let recipe = Recipe::sentiment().expect("is a recipe");
-        let names: BTreeSet<_> = recipe.rows.iter().map(|row| &row.name).collect();
-        assert_eq!(names.len(), recipe.rows.len());
-        let mut families: Vec<_> = recipe.rows.iter().map(|row| &row.family).collect();
-        families.dedup();
-        let once: BTreeSet<_> = families.iter().collect();
-        assert_eq!(once.len(), families.len(), "{families:?}");
-        assert!(recipe.rows.iter().all(|row| row.training.contains_key("learning_rate")));
+        for recipe in [Recipe::sentiment(), Recipe::images()] {
+            let recipe = recipe.expect("is a recipe");
+            let names: BTreeSet<_> = recipe.rows.iter().map(|row| &row.name).collect();
+            assert_eq!(names.len(), recipe.rows.len());
+            let mut families: Vec<_> = recipe.rows.iter().map(|row| &row.family).collect();
+            families.dedup();
+            let once: BTreeSet<_> = families.iter().collect();
+            assert_eq!(once.len(), families.len(), "{families:?}");
+            assert!(recipe.rows.iter().all(|row| row.training.contains_key("learning_rate")));
+        }
     }
 
     #[test]
