@@ -135,6 +135,16 @@ pub(crate) fn run(args: &CompareArgs) -> Result<(), Failure> {
     };
     let line = |row| Line { row, ours: vec![], python: vec![], times: vec![], failures: vec![] };
     let mut lines: Vec<Line<'_>> = rows.into_iter().map(line).collect();
+    if args.times {
+        // What was run stands in the table from the first, and the times come in row by row.
+        for line in &mut lines {
+            for &seed in &args.seeds {
+                let (row, side) = (line.row, Side::Ours);
+                let job = Job { row, training: recipe.training(row), seed, side };
+                line.ours.extend(job.finished(&desk)?.map(|run| (seed, run)));
+            }
+        }
+    }
     // Seed by seed, so that there is a whole table early.
     for &seed in &args.seeds {
         for index in 0..lines.len() {
@@ -193,7 +203,7 @@ fn take(line: &mut Line<'_>, job: &Job<'_>, desk: &Desk) -> Result<(), Failure> 
     Ok(())
 }
 
-/// Times a row, and puts what it came to beside the run that is there.
+/// Times a row.
 fn time(
     line: &mut Line<'_>,
     job: &Job<'_>,
@@ -201,7 +211,6 @@ fn time(
     steps: Option<usize>,
     desk: &Desk,
 ) -> Result<(), Failure> {
-    line.ours.extend(job.finished(desk)?.map(|run| (job.seed, run)));
     print!("{:<18}", job.row.name);
     let _ = std::io::stdout().flush();
     match times::take(job, lora, steps, desk) {
