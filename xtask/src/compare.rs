@@ -218,7 +218,7 @@ fn time(
             println!("{:.0} ms a step, {:.2} of LoRA's", 1e3 * times.own, times.own / times.lora);
             line.times.push(times);
         }
-        // Some plans need more steps than these few: their whole runs have the time.
+        // Some plans need more steps than these few; their cells stay empty.
         Err(failure) => println!("not timed: {failure}"),
     }
     Ok(())
@@ -249,7 +249,10 @@ fn prepare(args: &CompareArgs) -> Result<(Desk, usize), Failure> {
         }
     };
     let output = args.output_dir.clone().unwrap_or_else(|| {
-        let task = if args.task.has_sentences() { "sentiment" } else { "images" };
+        let task = match args.task {
+            Task::Sentiment => "sentiment",
+            Task::Images => "images",
+        };
         places::root().join("compare-output").join(task)
     });
     places::make(&output.join("runs"))?;

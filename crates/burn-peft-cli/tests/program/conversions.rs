@@ -1,6 +1,6 @@
 //! `convert` and `combine`: the same function by other factors.
 
-use crate::{CLASSIFY, Desk, SPEAK, classify, fixture, logits};
+use crate::{CLASSIFY, Desk, SPEAK, classify, far, fixture, logits};
 use safetensors::SafeTensors;
 
 fn forward(desk: &Desk, model: &str, adapter: &str) -> Vec<f32> {
@@ -9,11 +9,6 @@ fn forward(desk: &Desk, model: &str, adapter: &str) -> Vec<f32> {
         "forward --model @models/{model} {adapter} --inputs {inputs} --output /o.safetensors"
     ));
     logits(desk, "o.safetensors")
-}
-
-fn far(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).max_by(f32::total_cmp).unwrap_or_default()
 }
 
 #[test]

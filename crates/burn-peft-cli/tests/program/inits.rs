@@ -1,6 +1,6 @@
 //! Inits that look at training data, through the program.
 
-use crate::{CLASSIFY, Desk, SPEAK, classify, logits};
+use crate::{CLASSIFY, Desk, SPEAK, classify, far, logits};
 use serde_json::Value;
 
 const EVA: &str = "--init-lora-weights eva --method-option eva_config={\"rho\":2.0}";
@@ -46,8 +46,7 @@ fn inits_that_look_at_data_train_and_work_on_the_untouched_base() {
         ));
         desk.good(&format!("{forward} --model /{name}-m --output /b.safetensors"));
         let [a, b] = ["a", "b"].map(|n| logits(&desk, &format!("{n}.safetensors")));
-        let far =
-            a.iter().zip(&b).map(|(a, b)| (a - b).abs()).max_by(f32::total_cmp).unwrap_or_default();
+        let far = far(&a, &b);
         assert!(far < 1e-4, "{name} merged differs by {far}");
 
         // The same data give the same start.

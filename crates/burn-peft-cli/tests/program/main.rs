@@ -230,6 +230,12 @@ fn a_language_model_learns_from_text_pairs_and_chats() {
     assert_eq!(desk.good("generate --model /merged --prompt w1 --max-new-tokens 6"), answer);
 }
 
+/// The largest difference; what is no number is further than all numbers.
+fn far(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).max_by(f32::total_cmp).unwrap_or_default()
+}
+
 /// The logits in a file that `forward` wrote.
 fn logits(desk: &Desk, name: &str) -> Vec<f32> {
     let bytes = desk.bytes(name);
@@ -252,9 +258,6 @@ fn a_tied_model_with_an_adapted_embedding_merges_to_the_same_function() {
     desk.good(&format!("{forward} --model /tied --output /c.safetensors"));
     let [overlaid, merged, plain] =
         ["a", "b", "c"].map(|n| logits(&desk, &format!("{n}.safetensors")));
-    let far = |a: &[f32], b: &[f32]| {
-        a.iter().zip(b).map(|(a, b)| (a - b).abs()).max_by(f32::total_cmp).unwrap_or_default()
-    };
     assert!(far(&overlaid, &merged) < 1e-4, "{}", far(&overlaid, &merged));
     assert!(far(&overlaid, &plain) > 1e-2, "the adapter does nothing");
     assert_eq!(desk.json("merged/config.json")["tie_word_embeddings"], false);
@@ -273,12 +276,7 @@ fn a_merge_leaves_no_shards_of_an_older_model() {
     desk.good(&format!("{forward} --model /sharded --adapter /out --output /a.safetensors"));
     desk.good(&format!("{forward} --model /merged --output /b.safetensors"));
     let [overlaid, merged] = ["a", "b"].map(|n| logits(&desk, &format!("{n}.safetensors")));
-    let far = overlaid
-        .iter()
-        .zip(&merged)
-        .map(|(a, b)| (a - b).abs())
-        .max_by(f32::total_cmp)
-        .unwrap_or_default();
+    let far = far(&overlaid, &merged);
     assert!(far < 1e-4, "{far}");
 }
 
@@ -353,9 +351,6 @@ fn embeddings_have_length_one_whatever_lies_beside_them() {
         let length: f32 = one.iter().map(|x| x * x).sum::<f32>().sqrt();
         assert!((length - 1.0).abs() < 1e-5, "{length}");
     }
-    let far = |a: &[f32], b: &[f32]| {
-        a.iter().zip(b).map(|(a, b)| (a - b).abs()).max_by(f32::total_cmp).unwrap_or_default()
-    };
     // Alone it has no padding, in the file it has five tokens of it.
     desk.good(&format!("{embed} --text w1 --output /one.safetensors"));
     let one = embeddings(&desk, "one.safetensors");

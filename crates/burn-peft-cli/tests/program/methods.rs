@@ -1,6 +1,6 @@
 //! Every method and every backend of the build, through the program.
 
-use crate::{CLASSIFY, classify, logits};
+use crate::{CLASSIFY, classify, far, logits};
 use safetensors::SafeTensors;
 
 #[test]
@@ -52,14 +52,13 @@ fn every_backend_of_the_build_trains_and_answers_alike() {
     for device in other_devices() {
         desk.good(&format!("{train} --output-dir /{device} --device {device}"));
         // Two steps of Adam blow a rounding of a gradient near zero up to a step of its own.
-        let far = (loss(device) - loss("flex")).abs();
-        assert!(far < 1e-2, "{device} differs by {far}");
+        let apart = (loss(device) - loss("flex")).abs();
+        assert!(apart < 1e-2, "{device} differs by {apart}");
         let forward = "forward --model @models/llama --inputs @models/llama/golden.safetensors";
         desk.good(&format!("{forward} --output /a.safetensors"));
         desk.good(&format!("{forward} --output /b.safetensors --device {device}"));
         let [a, b] = ["a", "b"].map(|n| logits(&desk, &format!("{n}.safetensors")));
-        let far =
-            a.iter().zip(&b).map(|(a, b)| (a - b).abs()).max_by(f32::total_cmp).unwrap_or_default();
+        let far = far(&a, &b);
         assert!(far < 1e-4, "{device} differs by {far}");
     }
 }
@@ -174,8 +173,7 @@ fn every_method_trains_and_is_merged() {
         ));
         desk.good(&format!("{forward} --model /{name}-merged --output /b.safetensors"));
         let [a, b] = ["a", "b"].map(|n| logits(&desk, &format!("{n}.safetensors")));
-        let far =
-            a.iter().zip(&b).map(|(a, b)| (a - b).abs()).max_by(f32::total_cmp).unwrap_or_default();
+        let far = far(&a, &b);
         assert!(far < 1e-4, "{name} merged differs by {far}");
     }
 }

@@ -1,7 +1,7 @@
 //! Methods whose policy decides over ranks and factors, through the program: what a training leaves in the
 //! file, and that an interrupted one goes on to the same.
 
-use crate::{CLASSIFY, Desk, classify, logits};
+use crate::{CLASSIFY, Desk, classify, far, logits};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::Value;
@@ -131,8 +131,7 @@ fn closed_gates_are_not_in_the_file() {
     desk.good(&format!("{forward} /a.safetensors --model @models/bert --adapter /out"));
     desk.good(&format!("{forward} /b.safetensors --model /merged"));
     let [a, b] = ["a", "b"].map(|n| logits(&desk, &format!("{n}.safetensors")));
-    let far =
-        a.iter().zip(&b).map(|(a, b)| (a - b).abs()).max_by(f32::total_cmp).unwrap_or_default();
+    let far = far(&a, &b);
     assert!(far < 1e-4, "merged differs by {far}");
     // Without the pull to zero, all are left.
     let line = train("sora", &["r=6", "sparse_lambda=0"]);

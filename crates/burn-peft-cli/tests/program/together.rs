@@ -1,6 +1,6 @@
 //! Methods of several families that are trained together, through the program.
 
-use crate::{CLASSIFY, Desk, classify, logits};
+use crate::{CLASSIFY, Desk, classify, far, logits};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -83,12 +83,7 @@ fn several_of_one_method_by_flags_and_by_a_file() {
         logits(&desk, "m.safetensors")
     };
     let whole = forward(&desk, "--adapter /out");
-    let far = whole
-        .iter()
-        .zip(&merged)
-        .map(|(a, b)| (a - b).abs())
-        .max_by(f32::total_cmp)
-        .unwrap_or_default();
+    let far = far(&whole, &merged);
     assert!(far < 1e-4, "merged differs by {far}");
     desk.write("run.toml", "[[also]]\npeft_type = \"LORA\"\ntarget_modules = [\"dense\"]\nr = 2\n");
     let line = format!("{CLASSIFY} --config /run.toml --lora-dropout 0.1 --max-steps 12");

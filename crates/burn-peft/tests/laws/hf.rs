@@ -1,7 +1,7 @@
 //! HF PEFT's own files and numbers (`interop/fixtures.py`): its adapters load here and give its
 //! logits, and what is written here is what it wrote.
 
-use crate::probe::values;
+use crate::probe::{far, values};
 use burn::nn::LinearConfig;
 use burn::tensor::Device;
 use burn_peft::core::{
@@ -52,12 +52,7 @@ pub(crate) fn tokens(model: &str, types: bool) -> Tokens {
 /// The logits' bound of the issue.
 #[track_caller]
 pub(crate) fn near(found: &[f32], expected: &[f32], what: &str) {
-    let far = found
-        .iter()
-        .zip(expected)
-        .map(|(a, b)| (a - b).abs())
-        .max_by(f32::total_cmp)
-        .unwrap_or_default();
+    let far = far(found, expected);
     assert!(found.len() == expected.len() && far <= 1e-4, "{what}: differs by {far}");
 }
 

@@ -29,9 +29,7 @@ use burn_peft::core::{
 };
 use burn_peft::device;
 use burn_peft::registry::{ForEach, for_each_method};
-use probe::{
-    Drawn, Probe, all_values, close, distance, fresh, ids, serves_linear, targets, values,
-};
+use probe::{Drawn, Probe, all_values, close, fresh, ids, serves_linear, targets, values};
 use std::panic::Location;
 
 /// One configuration of a method over the probe, on one backend.
@@ -69,8 +67,7 @@ impl<T: Method> Case<T> {
 
 /// A law over one case.
 trait Law {
-    /// How many of a method's samples are taken on the backends after the first: none, unless the
-    /// law is one of numbers, because shaders take long to emulate.
+    /// How many of a method's samples are taken on later backends, where shaders take long: none, but of laws of numbers.
     const ELSEWHERE: usize = 0;
 
     fn holds<T: Method>(&self, case: &Case<T>);

@@ -1,7 +1,7 @@
 //! Methods of several families over one model at once.
 
 use crate::hf::{base, device, tokens};
-use crate::probe::{Drawn, all_values, close, values};
+use crate::probe::{Drawn, all_values, close, far, values};
 use burn::module::Module;
 use burn::optim::GradientsParams;
 use burn_peft::additive::{Bottleneck, Ia3, LnTuning, PrefixTuning, VirtualTokens};
@@ -57,12 +57,7 @@ fn families_lie_over_one_model_together() {
     ];
     for (left_out, others) in without.into_iter().enumerate() {
         let other = values(model.forward(&tokens, &Scope::new(&others)));
-        let far = found
-            .iter()
-            .zip(&other)
-            .map(|(a, b)| (a - b).abs())
-            .max_by(f32::total_cmp)
-            .unwrap_or_default();
+        let far = far(&found, &other);
         assert!(far > 1e-3, "{left_out} does nothing beside the others: {far}");
     }
 }

@@ -323,13 +323,17 @@ pub(crate) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().convert::<f32>().try_to_vec().expect("is f32")
 }
 
+/// The largest difference; what is no number is further than all numbers.
+#[track_caller]
+pub(crate) fn far(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).max_by(f32::total_cmp).unwrap_or_default()
+}
+
 /// The largest difference, and what it may be: a few hundred roundings of numbers of this size.
 pub(crate) fn distance(found: &[f32], expected: &[f32]) -> [f32; 2] {
     let size = expected.iter().fold(1.0_f32, |size, x| size.max(x.abs()));
-    // `f32::max` would pass over what is no number.
-    let far = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).max_by(f32::total_cmp);
-    let far = far.unwrap_or_default();
-    [far, 256.0 * f32::EPSILON * size]
+    [far(found, expected), 256.0 * f32::EPSILON * size]
 }
 
 #[track_caller]

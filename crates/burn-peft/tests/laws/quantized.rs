@@ -1,5 +1,6 @@
 //! A base whose linear weights are in 8 bits.
 
+use super::probe::distance;
 use super::*;
 use burn::tensor::quantization::QuantValue;
 use burn_peft::core::quantize;

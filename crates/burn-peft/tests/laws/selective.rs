@@ -3,7 +3,7 @@
 
 use super::{Case, Law, check};
 use crate::hf::{base, device, fixtures, floats, open};
-use crate::probe::{Probe, fresh, values};
+use crate::probe::{Probe, far, fresh, values};
 use burn::module::{Module, ModuleMapper, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::{AdamWConfig, GradientsParams};
@@ -296,12 +296,7 @@ fn torch_chooses_and_learns_the_same() {
             let here: Vec<i64> = chosen.indices().iter().map(|at| i64::from(*at)).collect();
             assert_eq!(here, there, "{name} {parameter}");
         }
-        let far = losses
-            .iter()
-            .zip(&expected)
-            .map(|(a, b)| (a - b).abs())
-            .max_by(f32::total_cmp)
-            .unwrap_or_default();
+        let far = far(&losses, &expected);
         assert!(far < 1e-4, "{name}: {losses:?}, expected {expected:?}");
         assert!(losses[3] < losses[0], "{name} learns nothing: {losses:?}");
     }
