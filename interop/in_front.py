@@ -23,6 +23,7 @@ BLOCKS = {"bert": "bert.encoder.layer", "llama": "model.layers", "vit": "vit.enc
           "dinov2": "dinov2.encoder.layer"}
 WORDS = "bert.embeddings.word_embeddings"
 HIDDEN, LAYERS, HIDES = 32, 2, -1e9
+PROMPT = "prompt"
 
 
 def base(model):
@@ -46,8 +47,8 @@ def first_of(output):
     return output[0] if isinstance(output, tuple) else output
 
 
-def carried(net, model, before):
-    """Logits with `before(block, h, held, kept)` in front of what each block reads."""
+def carried(net, model, before, first=0):
+    """Logits with `before(block, h, held, kept)` in front of what each block reads; positions begin at `first`."""
     if model in ("vit", "dinov2"):
         body = getattr(net, model)
         h = body.embeddings(tiny.images())
@@ -57,7 +58,8 @@ def carried(net, model, before):
         kept = batch["attention_mask"]
         body = net.bert if model == "bert" else net.model
         if model == "bert":
-            h = body.embeddings(input_ids=batch["input_ids"], token_type_ids=batch["token_type_ids"])
+            at = torch.arange(first, first + kept.shape[1])[None]
+            h = body.embeddings(input_ids=batch["input_ids"], token_type_ids=batch["token_type_ids"], position_ids=at)
         else:
             h = body.embed_tokens(batch["input_ids"])
     layers = net.get_submodule(BLOCKS[model]) if model in ("bert", "llama") else list_of(body)
@@ -106,6 +108,12 @@ def mean_of_words(net):
     return (net.bert.embeddings.word_embeddings(batch["input_ids"]) * kept).sum(1) / kept.sum(1)
 
 
+def ptp(net, model, draw):
+    prompt = draw(3, HIDDEN)
+    logits = behind(net, prompt.expand(inputs("bert")["input_ids"].shape[0], -1, -1))
+    return dict(peft_type="PTP", num_virtual_tokens=3, sigma=0.5), PROMPT, {"prompt_embeddings": prompt}, logits
+
+
 def generator(draw, n, m):
     return {"generator_down": draw(HIDDEN, m), "generator_down_bias": draw(m), "generator_up": draw(m, n * HIDDEN),
             "generator_up_bias": draw(n * HIDDEN)}
@@ -132,41 +140,74 @@ def smop(net, model, draw):
     return config, WORDS, {"prompts": prompts, "router": router}, logits
 
 
+def attentions(net, model):
+    """Each attention with its path, its layer of keys, and how it is made to mix `q` with `k` and `v` behind what
+    `front(hidden_states)` gives, a product of queries and keys more where `added(rows)` says so."""
+    names = ["query", "key", "value"] if model == "bert" else ["q_proj", "k_proj", "v_proj"]
+    for index, layer in enumerate(net.get_submodule(BLOCKS[model])):
+        own = layer.attention.self if model == "bert" else layer.self_attn
+        path = f"{BLOCKS[model]}.{index}." + ("attention.self" if model == "bert" else "self_attn")
+
+        def mixing(front, added=lambda _rows: 0, own=own):
+            def forward(hidden_states, attention_mask=None, *_args, position_embeddings=None, **_kwargs):
+                d = HIDDEN // 4
+                q, k, v = (getattr(own, name)(hidden_states).unflatten(-1, (-1, d)).transpose(1, 2) for name in names)
+                if model == "llama":
+                    q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+                before = [part.unflatten(-1, (-1, d)).transpose(1, 2) for part in front(hidden_states)]
+                n, rows = before[0].shape[2], q.shape[2]
+                k, v = (torch.cat([part.expand(k.shape[0], -1, -1, -1), of], 2) for part, of in zip(before, (k, v)))
+                k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
+                mask = attention_mask.expand(-1, 1, rows, -1)
+                mask = torch.cat([torch.zeros(*mask.shape[:3], n), mask], -1)
+                products = q @ k.transpose(2, 3)
+                products[..., n:] += added(rows)
+                mixed = ((products / math.sqrt(d) + mask).softmax(-1) @ v).transpose(1, 2).flatten(2)
+                return (mixed if model == "bert" else own.o_proj(mixed)), None
+
+            own.forward = forward
+
+        yield path, getattr(own, names[1]), mixing
+
+
 def apt(net, model, draw):
     n = 3
     batch, tensors = inputs(model), {}
     kept = batch["attention_mask"]
     rows = torch.arange(kept.shape[0])
-    for index, layer in enumerate(net.get_submodule(BLOCKS[model])):
-        own = layer.attention.self if model == "bert" else layer.self_attn
-        key = own.key if model == "bert" else own.k_proj
+    for path, key, mixing in attentions(net, model):
         width = key.out_features
         parts = {"prefix": draw(n, 2 * width), "token_gate": draw(HIDDEN, n), "layer_gate": draw(1)}
-        path = f"{BLOCKS[model]}.{index}." + ("attention.self" if model == "bert" else "self_attn")
         tensors |= {f"{path}.{name}": tensor for name, tensor in parts.items()}
 
-        def forward(hidden_states, *_args, own=own, parts=parts, width=width, position_embeddings=None, **_kwargs):
-            names = ["query", "key", "value"] if model == "bert" else ["q_proj", "k_proj", "v_proj"]
-            d = HIDDEN // 4
-            q, k, v = (getattr(own, name)(hidden_states).unflatten(-1, (-1, d)).transpose(1, 2) for name in names)
-            if model == "llama":
-                q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        def front(hidden_states, parts=parts, width=width):
             alpha = torch.sigmoid(hidden_states[rows, kept.argmax(1)] @ parts["token_gate"])
-            both = parts["layer_gate"] * alpha[..., None] * parts["prefix"]
-            front = [part.unflatten(-1, (-1, d)).transpose(1, 2) for part in both.split(width, -1)]
-            k, v = torch.cat([front[0], k], 2), torch.cat([front[1], v], 2)
-            k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
-            sees = kept.bool()[:, None, None, :].expand(-1, 1, q.shape[2], -1)
-            if model == "llama":
-                sees = sees & torch.ones(q.shape[2], q.shape[2]).tril().bool()
-            sees = torch.cat([torch.ones(*sees.shape[:3], n).bool(), sees], -1)
-            weights = (q @ k.transpose(2, 3) / math.sqrt(d) + torch.where(sees, 0.0, HIDES)).softmax(-1)
-            mixed = (weights @ v).transpose(1, 2).flatten(2)
-            return (mixed if model == "bert" else own.o_proj(mixed)), None
+            return (parts["layer_gate"] * alpha[..., None] * parts["prefix"]).split(width, -1)
 
-        own.forward = forward
+        mixing(front)
     at = torch.arange(n, n + kept.shape[1])[None].expand(kept.shape[0], -1)
     return dict(peft_type="APT", num_virtual_tokens=n), None, tensors, net(**batch, position_ids=at).logits
+
+
+def aprompt(net, model, draw):
+    m, r, length = 2, 4, 6
+    prompts = draw(LAYERS, 3, HIDDEN)
+    tensors = {f"{BLOCKS[model]}.input_prompts": prompts}
+    for path, key, mixing in attentions(net, model):
+        width = key.out_features
+        parts = {"key_value_prompts": draw(m, 2 * width), "query_prompts": 4 * draw(length, r),
+                 "key_prompts": 4 * draw(length, r)}
+        tensors |= {f"{path}.{name}": tensor for name, tensor in parts.items()}
+
+        def added(rows, parts=parts):
+            assert rows > length
+            rest = torch.zeros(rows - length, r)
+            q, k = (torch.cat([parts[name], rest]) for name in ("query_prompts", "key_prompts"))
+            return q @ k.T
+
+        mixing(lambda _, parts=parts, width=width: parts["key_value_prompts"][None].split(width, -1), added)
+    config = dict(peft_type="APROMPT", num_virtual_tokens=3, key_value_length=m, query_key_length=r, max_length=length)
+    return config, None, tensors, carried(net, model, lambda block, *_: prompts[block][None], first=m)
 
 
 def vpt(net, model, draw):
@@ -210,16 +251,49 @@ def lpt_naive(net, model, draw):
     return lpt("NPG"), BLOCKS[model], parts, logits
 
 
+def pooled(down, down_bias, up, up_bias, h, kept):
+    """Means of three stretches of each row's own tokens."""
+    h = h @ down + down_bias
+    rows = [adaptive_avg_pool1d(row[: int(own.sum())].T[None], 3)[0].T for row, own in zip(h, kept)]
+    return relu(torch.stack(rows)) @ up + up_bias
+
+
 def lpt_pooling(net, model, draw):
     parts = {"pooling_down": draw(HIDDEN, 4), "pooling_down_bias": draw(4), "pooling_up": draw(4, HIDDEN),
              "pooling_up_bias": draw(HIDDEN)}
 
-    def make(h, kept):
-        down = h @ parts["pooling_down"] + parts["pooling_down_bias"]
-        rows = [adaptive_avg_pool1d(row[: int(own.sum())].T[None], 3)[0].T for row, own in zip(down, kept)]
-        return relu(torch.stack(rows)) @ parts["pooling_up"] + parts["pooling_up_bias"]
+    logits = carried(net, model, late(lambda h, kept: pooled(*parts.values(), h, kept)))
+    return lpt("APPG"), BLOCKS[model], parts, logits
 
-    return lpt("APPG"), BLOCKS[model], parts, carried(net, model, late(make))
+
+def selective(prompt_layers):
+    return dict(peft_type="SELECTIVE_PROMPT_TUNING", num_virtual_tokens=3, proj_down_size=4, tau=0.5,
+                num_prompt_layers=1, prompt_layers=prompt_layers)
+
+
+def generators(draw, count):
+    return {"generators_down": draw(count, HIDDEN, 4), "generators_down_bias": draw(count, 4),
+            "generators_up": draw(count, 4, HIDDEN), "generators_up_bias": draw(count, HIDDEN)}
+
+
+def selective_search(net, model, draw):
+    parts, gates = generators(draw, LAYERS), draw(LAYERS)
+
+    def before(block, h, held, kept):
+        share = 0.5 * torch.sigmoid(gates[block])
+        propagated = 0 if held is None else held
+        return (1 - share) * propagated + share * pooled(*(part[block] for part in parts.values()), h, kept)
+
+    return selective(None), BLOCKS[model], parts | {"prompt_gates": gates}, carried(net, model, before)
+
+
+def selective_chosen(net, model, draw):
+    parts = generators(draw, 1)
+
+    def before(block, h, held, kept):
+        return 0.5 * pooled(*(part[0] for part in parts.values()), h, kept) if block == 1 else held
+
+    return selective([1]), BLOCKS[model], parts, carried(net, model, before)
 
 
 @torch.no_grad()
@@ -227,7 +301,8 @@ def case(method, model):
     config, path, tensors, logits = method(base(model), model, Draw())
     folder = ROOT / "prompts" / f"{method.__name__.replace('_', '-')}-{model}"
     folder.mkdir(parents=True)
-    before = "base_model.model." + (f"{path}." if path else "")
+    # HF PEFT's name of a prompt at the input is no place's.
+    before = "" if path == PROMPT else "base_model.model." + (f"{path}." if path else "")
     own = {before + name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(own, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config |= {"task_type": None, "inference_mode": True, "base_model_name_or_path": f"../../models/{model}"}
@@ -254,12 +329,12 @@ def nothing_in_front_is_the_model():
 def write():
     nothing_in_front_is_the_model()
     shutil.rmtree(ROOT / "prompts", ignore_errors=True)
-    for method in [idpg, smop, lpt_naive, lpt_pooling]:
+    for method in [idpg, ptp, smop, lpt_naive, lpt_pooling, selective_search, selective_chosen]:
         case(method, "bert")
-    for method in [apt, lpt_plain, prefix_propagation, vpt]:
+    for method in [apt, aprompt, lpt_plain, prefix_propagation, vpt]:
         for model in ["bert", "llama"]:
             case(method, model)
-    for method in [lpt_naive, prefix_propagation, vpt, vpt_shallow]:
+    for method in [lpt_naive, prefix_propagation, selective_search, vpt, vpt_shallow]:
         for model in ["vit", "dinov2"]:
             case(method, model)
 

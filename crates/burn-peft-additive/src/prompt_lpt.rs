@@ -96,13 +96,25 @@ fn stretches(x: &Tensor<3>, n: usize, tokens: Option<&SeenTokens>) -> Tensor<3> 
     within.clone() / within.sum_dim(2).clamp_min(1.0)
 }
 
+/// `relu(pool(x·W₁ + b₁))·W₂ + b₂` over means of `n` stretches: `[batch, seq, hidden]` → `[batch, n, hidden]`.
+pub(crate) fn pooled(
+    x: &Tensor<3>,
+    n: usize,
+    tokens: Option<&SeenTokens>,
+    [down, up]: [Tensor<2>; 2],
+    [down_bias, up_bias]: [Tensor<1>; 2],
+) -> Tensor<3> {
+    let weights = stretches(x, n, tokens).cast(down.dtype());
+    let h = linear(x.clone().cast(down.dtype()), down, Some(down_bias));
+    let pooled = Nonlinearity::Relu.apply(weights.matmul(h)); // [batch, n, m]
+    linear(pooled, up, Some(up_bias))
+}
+
 impl PooledGenerator {
     fn forward(&self, x: &Tensor<3>, tokens: Option<&SeenTokens>) -> Tensor<3> {
-        let down = self.down.val();
-        let weights = stretches(x, self.count, tokens).cast(down.dtype());
-        let h = linear(x.clone().cast(down.dtype()), down, Some(self.down_bias.val()));
-        let pooled = Nonlinearity::Relu.apply(weights.matmul(h)); // [batch, n, m]
-        linear(pooled, self.up.val(), Some(self.up_bias.val()))
+        let weights = [&self.down, &self.up].map(Param::val);
+        let biases = [&self.down_bias, &self.up_bias].map(Param::val);
+        pooled(x, self.count, tokens, weights, biases)
     }
 }
 

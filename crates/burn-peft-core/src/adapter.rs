@@ -122,6 +122,15 @@ pub trait Adapter: Debug + Send + Sync {
         None
     }
 
+    /// What is added to the products `q·k` of an attention's queries and keys, before anything divides these:
+    /// `[rows, total]`, the same for every row of the batch and every head. `total` keys are those that the attention makes
+    /// of what it reads, and the queries those of the last `rows` of them; what a prefix sets in front has nothing added.
+    /// An attention to the output of an encoder is not asked. Who answers must [stand in front](Adapter::virtual_tokens)
+    /// as well: rows of a batch cannot have their own, and [`Bank::rows`](crate::Bank::rows) refuses it by that.
+    fn products(&self, rows: usize, total: usize) -> Option<Tensor<2>> {
+        None
+    }
+
     /// What takes the place of a norm's `(scale, shift)`, each `[dim]`, where this adapter trains them.
     fn norm(&self) -> (Option<Tensor<1>>, Option<Tensor<1>>) {
         (None, None)

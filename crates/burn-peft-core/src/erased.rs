@@ -396,6 +396,10 @@ impl Adapter for AnyAdapter {
         self.0.attention(x, q, key, value)
     }
 
+    fn products(&self, rows: usize, total: usize) -> Option<Tensor<2>> {
+        self.0.products(rows, total)
+    }
+
     fn norm(&self) -> (Option<Tensor<1>>, Option<Tensor<1>>) {
         self.0.norm()
     }

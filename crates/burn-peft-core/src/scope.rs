@@ -260,6 +260,18 @@ impl<'a> Scope<'a> {
         asked(self.laid(), x, |adapter| adapter.prefix(x, self.tokens.as_ref()))
     }
 
+    /// What is added to the products of an attention's queries and keys, `[rows, total]`; see [`Adapter::products`].
+    pub fn products(&self, rows: usize, total: usize) -> Option<Tensor<2>> {
+        let weighted = |laid: Laid<'_>| {
+            let added = laid.adapter.products(rows, total)?;
+            Some(match laid.strength {
+                Strength::Scale(w) if w != 1.0 => added * w,
+                _ => added,
+            })
+        };
+        self.laid().into_iter().filter_map(weighted).reduce(|sum, added| sum + added)
+    }
+
     /// What stands in front of the states that the blocks of the list at this path read.
     pub fn carried(&self) -> Carried<'a> {
         Carried::new(self.laid(), self.tokens.clone())

@@ -2,6 +2,7 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{Front, HIDDEN, Scope};
+use burn_peft_kernels::{attention, composed};
 
 /// `[batch, seq, heads · d]` → `[batch, heads, seq, d]`.
 pub(crate) fn split_heads(x: Tensor<3>, heads: usize) -> Tensor<4> {
@@ -21,6 +22,41 @@ pub(crate) fn behind(
     let mask = columns_behind(&prefix.scores, mask, total, &k.device().inner());
     let [keys, values] = prefix.parts.clone().map(|part| split_heads(part, groups));
     (Tensor::cat(vec![keys, k], 2), Tensor::cat(vec![values, v], 2), mask)
+}
+
+/// What an attention at `cx` mixes: `q [batch, heads, rows, d]`, and `k`, `v [batch, groups, total, d]` behind what stands
+/// in front of them.
+pub(crate) fn mix(
+    cx: &Scope<'_>,
+    q: Tensor<4>,
+    [k, v]: [Tensor<4>; 2],
+    mask: Option<Tensor<4>>,
+    prefix: Option<Front<2>>,
+) -> Tensor<3> {
+    let ([_, _, rows, d], [_, _, total, _]) = (q.dims(), k.dims());
+    let front = prefix.as_ref().map_or(0, |prefix| prefix.scores.len());
+    let (k, v, mask) = match &prefix {
+        Some(prefix) => behind(prefix, k, v, mask),
+        None => (k, v, mask),
+    };
+    let Some(added) = added(cx, [rows, total], front) else { return attention(q, k, v, mask) };
+    // The fused form takes constants, and these are trained.
+    let added = (added * (d as f64).powf(-0.5)).cast(q.dtype());
+    let scores = mask.map_or(added.clone(), |mask| mask + added);
+    composed::attention(q, k, v, Some(scores))
+}
+
+/// What `cx` adds to the products of queries and keys, `[1, 1, rows, front + total]`: nothing to the `front`.
+pub(crate) fn added(cx: &Scope<'_>, [rows, total]: [usize; 2], front: usize) -> Option<Tensor<4>> {
+    let own = cx.products(rows, total)?;
+    let all = match front {
+        0 => own,
+        _ => {
+            let none = Tensor::zeros([rows, front], (&own.device().inner(), own.dtype()));
+            Tensor::cat(vec![none, own], 1)
+        }
+    };
+    Some(all.unsqueeze())
 }
 
 /// The mask of `total` columns with those in front of them that have these scores.

@@ -3,14 +3,13 @@
 #![allow(non_snake_case)]
 
 use crate::activation::Activation;
-use crate::attention::{behind, padding_mask, split_heads, through};
+use crate::attention::{mix, padding_mask, split_heads, through};
 use crate::load::{Pretrained, linear, plausible, table};
 use crate::{Classes, Classifier, Tokens};
 use burn::module::Module;
 use burn::nn::{Embedding, LayerNorm, LayerNormConfig, Linear};
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{Error, Front, Hidden, HiddenPlace, Scope};
-use burn_peft_kernels::attention;
 use serde::Deserialize;
 
 /// The fields of `config.json` that shape the model, with `transformers`' defaults.
@@ -196,11 +195,7 @@ impl BertLayer {
         let k = at.at("key").linear(&own.key, x.clone());
         let v = at.at("value").linear(&own.value, x.clone());
         let [q, k, v] = [q, k, v].map(|part| split_heads(part, own.heads)); // [b, n, s, d]
-        let (k, v, mask) = match at.prefix(&x) {
-            Some(prefix) => behind(&prefix, k, v, mask),
-            None => (k, v, mask),
-        };
-        let mixed = attention(q.clone(), k, v, mask);
+        let mixed = mix(&at, q.clone(), [k, v], mask, at.prefix(&x));
         let mixed = at.attention(&x, &q, &own.key, &own.value, mixed);
         let h = self.attention.output.forward(mixed, x.clone(), &cx.at("attention.output"));
         let wide = cx.at("intermediate.dense").linear(&self.intermediate.dense, h.clone());

@@ -1,7 +1,7 @@
 //! The Llama family (arXiv 2302.13971), laid out as in `transformers`.
 
 use crate::Tokens;
-use crate::attention::{behind, causal_mask, columns_behind, rows_above, split_heads};
+use crate::attention::{causal_mask, columns_behind, mix, rows_above, split_heads};
 use crate::cache::{Cached, KvCache};
 use crate::load::{Pretrained, linear, plausible, table};
 use crate::output::Output;
@@ -9,7 +9,7 @@ use burn::module::Module;
 use burn::nn::{Embedding, Linear, RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft_core::{Error, Front, Hidden, HiddenPlace, Scope};
-use burn_peft_kernels::{attention, rotate, silu_mul};
+use burn_peft_kernels::{rotate, silu_mul};
 use serde::Deserialize;
 
 /// The fields of `config.json` that shape the model, with `transformers`' defaults.
@@ -273,11 +273,7 @@ impl LlamaLayer {
             Some((cache, layer)) => cache.extend(layer, [k, v], || at.prefix(&norm)),
             None => Cached { k, v, prefix: at.prefix(&norm) },
         };
-        let (k, v, mask) = match prefix {
-            Some(prefix) => behind(&prefix, k, v, mask),
-            None => (k, v, mask),
-        };
-        let mixed = attention(q.clone(), k, v, mask);
+        let mixed = mix(&at, q.clone(), [k, v], mask, prefix);
         let mixed = at.attention(&norm, &q, &own.k_proj, &own.v_proj, mixed);
         let y = at.at("o_proj").linear(&own.o_proj, mixed);
         let h = x.clone() + at.hidden(Hidden::sublayer(&x, y));

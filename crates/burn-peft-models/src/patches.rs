@@ -1,13 +1,12 @@
 //! What vision transformers have in common: patches with positions, and attention among them.
 
-use crate::attention::{behind, split_heads};
+use crate::attention::{mix, split_heads};
 use crate::load::{linear, plausible};
 use burn::module::{Module, Param};
 use burn::nn::conv::{Conv2d, Conv2dConfig};
 use burn::nn::{Initializer, LayerNorm, LayerNormConfig, Linear};
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{Error, Grid, Hidden, HiddenPlace, Scope};
-use burn_peft_kernels::attention;
 
 /// The sizes by which they differ.
 #[derive(Debug, Clone, Copy)]
@@ -182,11 +181,7 @@ impl ViTSelfAttention {
         let k = cx.at("key").linear(&self.key, x.clone());
         let v = cx.at("value").linear(&self.value, x.clone());
         let [q, k, v] = [q, k, v].map(|part| split_heads(part, self.heads)); // [b, n, s, d]
-        let (k, v, mask) = match cx.prefix(&x) {
-            Some(prefix) => behind(&prefix, k, v, mask),
-            None => (k, v, mask),
-        };
-        let mixed = attention(q.clone(), k, v, mask);
+        let mixed = mix(cx, q.clone(), [k, v], mask, cx.prefix(&x));
         cx.attention(&x, &q, &self.key, &self.value, mixed)
     }
 }

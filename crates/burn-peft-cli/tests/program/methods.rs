@@ -122,6 +122,7 @@ const NOT_MERGED: &[&str] = &[
 /// Methods that have but one place to go, and are refused names of layers.
 const ONE_PLACE: &[&str] = &[
     "ADAPTION_PROMPT",
+    "APROMPT",
     "APT",
     "DEPT",
     "IDPG",
@@ -131,6 +132,8 @@ const ONE_PLACE: &[&str] = &[
     "PREFIX_PROPAGATION",
     "PREFIX_TUNING",
     "PROMPT_TUNING",
+    "PTP",
+    "SELECTIVE_PROMPT_TUNING",
     "SMOP",
     "VPT",
     "XPROMPT",

@@ -124,6 +124,34 @@ fn a_text_is_tokenized_and_named_in_the_file() {
     );
 }
 
+/// The block that a search kept is the file's, which is the function that was trained.
+#[test]
+fn a_search_of_blocks_ends_in_the_file() {
+    let desk = classify();
+    let line = format!("{} --method selective_prompt_tuning", without_targets(CLASSIFY));
+    let search = "--method-option search_steps=20 --max-steps 60 --test-file /test.tsv";
+    desk.good(&format!("{line} {search} --output-dir /out"));
+    let summary = desk.json("out/summary.json");
+    let loss = |when: &str| summary[when]["loss"].as_f64().expect("was measured");
+    assert!(loss("after") < loss("before"), "{summary}");
+    let eval = "eval --model @models/bert --adapter /out --test-file /test.tsv";
+    let report: Value = serde_json::from_str(&desk.good(eval)).expect("is JSON");
+    let far = (report["loss"].as_f64().expect("was measured") - loss("after")).abs();
+    assert!(far < 1e-5, "{report}, {summary}");
+    // Half of two blocks, without their gates.
+    let layers = desk.json("out/adapter_config.json")["prompt_layers"].clone();
+    assert!(layers == json!([0]) || layers == json!([1]), "{layers}");
+    let bytes = desk.bytes("out/adapter_model.safetensors");
+    let file = SafeTensors::deserialize(&bytes).expect("is a safetensors file");
+    let down = file.tensor("base_model.model.bert.encoder.layer.generators_down");
+    assert_eq!(down.expect("is there").shape(), [1, 32, 128]);
+    assert!(!file.names().iter().any(|name| name.contains("gates")));
+    // With blocks that are given nothing is searched.
+    let given = format!("--method-option prompt_layers={layers} --max-steps 2 --output-dir /given");
+    desk.good(&format!("{line} {given}"));
+    assert_eq!(desk.json("given/adapter_config.json")["prompt_layers"], layers);
+}
+
 #[test]
 fn what_cannot_work_is_refused() {
     let desk = classify();

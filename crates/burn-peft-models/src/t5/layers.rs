@@ -6,7 +6,7 @@ use super::EncoderOutput;
 use super::config::T5Config;
 use super::relative::{Distances, Relative};
 use crate::activation::Activation;
-use crate::attention::{behind, split_heads};
+use crate::attention::{added, behind, split_heads};
 use crate::cache::{Cached, KvCache};
 use crate::load::{linear, table};
 use burn::module::Module;
@@ -96,10 +96,11 @@ impl T5Attention {
         cx: &Scope<'_>,
     ) -> Tensor<3> {
         let q = split_heads(cx.at("q").linear(&self.q, x.clone()), self.heads); // [b, n, s, d]
-        let [_, _, _, d] = q.dims();
+        let [_, _, rows, d] = q.dims();
         // T5 does not divide scores by √d, and attention does, here as in what lies over it.
         let q = q * (d as f64).sqrt();
         let Cached { k, v, prefix } = seen;
+        let [_, _, total, _] = k.dims();
         let front = prefix.as_ref().map_or(0, |prefix| prefix.scores.len());
         let (k, v, mask) = match &prefix {
             Some(prefix) => behind(prefix, k, v, mask),
@@ -108,7 +109,10 @@ impl T5Attention {
         let mixed = match relative {
             // They differ by head and may be trained; the fused form takes constants that all heads share.
             Some(relative) => {
-                let scores = relative.scores(front); // [1, n, s, total]
+                let mut scores = relative.scores(front); // [1, n, s, total]
+                if let Some(added) = added(cx, [rows, total], front) {
+                    scores = scores + added.cast(q.dtype());
+                }
                 let scores = mask.map_or(scores.clone(), |mask| scores + mask);
                 composed::attention(q.clone(), k, v, Some(scores))
             }

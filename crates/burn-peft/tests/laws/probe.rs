@@ -59,11 +59,19 @@ fn heads(x: Tensor<3>) -> Tensor<4> {
 }
 
 /// `softmax(q·kᵀ + scores)·v` beside a score of 0 that has no value, so that a bias of all keys counts;
-/// `scores [total]`.
-fn mixed(q: &Tensor<4>, k: Tensor<3>, v: Tensor<3>, scores: Vec<f32>) -> Tensor<3> {
+/// `scores [total]`, and what is `added` to those of each pair, `[seq, total]`.
+fn mixed(
+    q: &Tensor<4>,
+    [k, v]: [Tensor<3>; 2],
+    scores: Vec<f32>,
+    added: Option<Tensor<2>>,
+) -> Tensor<3> {
     let [batch, _, seq, _] = q.dims();
     let scores = Tensor::<1>::from_data(scores.as_slice(), &q.device().inner());
-    let scores = q.clone().matmul(heads(k).swap_dims(2, 3)) + scores.unsqueeze();
+    let mut scores = q.clone().matmul(heads(k).swap_dims(2, 3)) + scores.unsqueeze();
+    if let Some(added) = added {
+        scores = scores + added.unsqueeze();
+    }
     let [_, heads_of, _, total] = scores.dims();
     let beside = Tensor::zeros([batch, heads_of, seq, 1], &q.device().inner());
     let weights = softmax(Tensor::cat(vec![scores, beside], 3), 3).narrow(3, 0, total);
@@ -75,14 +83,18 @@ impl MixerAttention {
     fn forward(&self, x: Tensor<3>, front: &[f32], cx: &Scope<'_>) -> Tensor<3> {
         let mut k = cx.at("key").linear(&self.key, x.clone());
         let mut v = cx.at("value").linear(&self.value, x.clone());
-        let mut scores = front.to_vec();
-        scores.resize(x.dims()[1], 0.0);
+        let ([_, seq, _], mut scores) = (x.dims(), front.to_vec());
+        scores.resize(seq, 0.0);
+        let mut added = cx.products(seq, seq);
         if let Some(Front { parts: [keys, values], scores: own }) = cx.prefix(&x) {
             (k, v) = (Tensor::cat(vec![keys, k], 1), Tensor::cat(vec![values, v], 1));
+            let none = Tensor::zeros([seq, own.len()], &x.device().inner());
+            added = added.map(|added| Tensor::cat(vec![none, added], 1));
             scores = [own, scores].concat();
         }
         let q = heads(x.clone());
-        cx.attention(&x, &q, &self.key, &self.value, mixed(&q, k, v, scores))
+        let y = mixed(&q, [k, v], scores, added);
+        cx.attention(&x, &q, &self.key, &self.value, y)
     }
 }
 
@@ -170,7 +182,7 @@ impl Probe {
         let x = self.block.norm.forward(x + y);
         let [_, seq, _] = x.dims();
         let (k, v) = (self.mixer.key.forward(x.clone()), self.mixer.value.forward(x.clone()));
-        let x = x.clone() + mixed(&heads(x), k, v, vec![0.0; seq]);
+        let x = x.clone() + mixed(&heads(x), [k, v], vec![0.0; seq], None);
         let x = self.conv.forward(x.swap_dims(1, 2));
         let x = self.image.forward(x.swap_dims(1, 2).unsqueeze_dim(1));
         let x = self.norm.forward(flat(x));

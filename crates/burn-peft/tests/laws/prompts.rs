@@ -6,8 +6,8 @@ use crate::probe::{Drawn, values};
 use burn::module::Module;
 use burn::tensor::{Int, Tensor};
 use burn_peft::additive::{
-    Apt, DePt, GeneratorType, Idpg, Lpt, PTuning, PrefixPropagation, PrefixTuning, PromptInit,
-    PromptTuning, Smop, VirtualTokens, Vpt,
+    APrompt, Apt, DePt, GeneratorType, Idpg, Lpt, PTuning, PrefixPropagation, PrefixTuning,
+    PromptInit, PromptTuning, Ptp, SelectivePromptTuning, ShakenPrompt, Smop, VirtualTokens, Vpt,
 };
 use burn_peft::core::{
     Adapter, AdapterConfig, Adapters, Laid, Method, Overlay, Scope, Sites, Strength, Targets,
@@ -85,8 +85,10 @@ fn hidden_prompts_are_the_base_on_llama() {
     };
     law(&trained(&sites, &PromptTuning::new(4)), "prompt");
     law(&trained(&sites, &PTuning::new(3)), "P-tuning");
+    law(&trained(&sites, &Ptp::new(4, 0.5)), "PTP");
     law(&trained(&sites, &prefix(5)), "prefix");
     law(&trained(&sites, &Apt::new(3)), "APT");
+    law(&trained(&sites, &APrompt::new(3, 2, 4)), "APrompt");
     law(&trained(&sites, &Vpt::deep(3)), "VPT");
     law(&trained(&sites, &Vpt::shallow(3)), "VPT, shallow");
     law(&trained(&sites, &PrefixPropagation::new(3)), "prefix propagation");
@@ -107,6 +109,10 @@ fn hidden_prompts_are_the_base_on_bert() {
     let expected = values(model.forward(&moved(&tokens, 5), &Scope::plain()));
     near(&hidden, &expected, "prefix");
     differ(&values(model.forward(&tokens, &Scope::new(&adapters))), &expected);
+    let adapters = trained(&sites, &APrompt::new(3, 5, 4));
+    let hidden = values(model.forward(&tokens, &Scope::new(&Weighted(&adapters, 0.0))));
+    near(&hidden, &expected, "APrompt");
+    differ(&values(model.forward(&tokens, &Scope::new(&adapters))), &expected);
 
     // What stands in front of a block moves nobody.
     let plain = values(model.forward(&tokens, &Scope::plain()));
@@ -119,6 +125,7 @@ fn hidden_prompts_are_the_base_on_bert() {
     between(&trained(&sites, &PrefixPropagation::new(3)), "prefix propagation");
     between(&trained(&sites, &Lpt::new(3, Some(GeneratorType::Npg))), "LPT");
     between(&trained(&sites, &Lpt::new(3, Some(GeneratorType::Appg))), "LPT with pooling");
+    between(&trained(&sites, &SelectivePromptTuning::new(3, 1)), "selective prompt tuning");
 
     let adapters = trained(&sites, &PromptTuning::new(4));
     let weighted = Weighted(&adapters, 0.0);
@@ -158,6 +165,9 @@ fn a_cache_changes_nothing() {
     let sites = sites(&model);
     let between = (trained(&sites, &Vpt::deep(2)), trained(&sites, &Lpt::new(3, None)));
     let adapters = (trained(&sites, &dept()), trained(&sites, &prefix(3)), between);
+    // Columns are the same ones, and some have no query-key prompts.
+    let aprompt = trained(&sites, &APrompt { max_length: 7, ..APrompt::new(3, 2, 4) });
+    let adapters = (adapters, aprompt);
     let cx = Scope::new(&adapters);
     let ids = [5_u32, 40, 17, 9, 61, 33];
     let whole = values(model.hidden(&Tokens::row(&ids), &cx, None));
@@ -318,6 +328,7 @@ fn prompts_made_of_words_are_refused_where_these_are_predicted() {
     refused(&sites, &Idpg::new(3, 4));
     refused(&sites, &Smop::new(3, 2));
     refused(&sites, &Lpt::new(3, Some(GeneratorType::Npg)));
+    refused(&sites, &SelectivePromptTuning::new(3, 1));
     let above = Lpt { add_prompt_layer: Some(2), ..Lpt::new(3, None) };
     let said = adapt(&sites, &above, 0, &device()).expect_err("has 2 blocks").to_string();
     assert!(said.contains("add_prompt_layer") && said.contains("less than 2"), "{said}");
@@ -336,6 +347,48 @@ fn too_long_a_sequence_is_refused() {
             10 => assert!(checked.is_ok()),
             _ => assert!(checked.is_err_and(|e| e.to_string().contains("at most 29"))),
         }
+    }
+}
+
+/// `δ ~ N(0, σ²)` on words in training, and none after it.
+#[test]
+fn ptp_shakes_words_in_training_alone() {
+    let sites = sites::<Bert>(&base("bert"));
+    let fresh = adapt(&sites, &Ptp::new(2, 0.3), 0, &device().autodiff()).expect("fits");
+    let layer = burn::nn::EmbeddingConfig::new(4, 100).init(&device());
+    let ids = Tensor::<2, Int>::zeros([10, 10], &device());
+    let y = Tensor::<3>::ones([10, 10, 100], &device());
+    let noise = |adapters: &Adapters<ShakenPrompt>| {
+        let (_, adapter) = adapters.iter().next().expect("is one");
+        adapter.embedding(&layer, &ids, &y).map(values)
+    };
+    assert!(noise(&fresh.valid()).is_none());
+    let [found, again] = [1, 2].map(|_| noise(&fresh).expect("is in training"));
+    differ(&found, &again);
+    // Of 10⁴ numbers the mean is off by σ/100 and the variance by σ²·√2/100, of which six times are allowed.
+    let mean = found.iter().sum::<f32>() / 1e4;
+    let variance = found.iter().map(|x| x * x).sum::<f32>() / 1e4;
+    assert!(mean.abs() < 6.0 * 0.003, "{mean}");
+    assert!((variance - 0.09).abs() < 6.0 * 0.09 * 2.0_f32.sqrt() / 100.0, "{variance}");
+}
+
+/// `P_q·P_kᵀ` by hand: the queries of the last columns, and nothing for columns from `max_length` on.
+#[test]
+fn aprompts_queries_and_keys_meet_by_their_columns() {
+    let model: Bert = base("bert");
+    let method = APrompt { max_length: 4, ..APrompt::new(3, 2, 5) };
+    let adapters = trained(&sites(&model), &method);
+    let adapter = adapters.get("bert.encoder.layer.1.attention.self").expect("is an attention");
+    let [query, key] = [&adapter.query, &adapter.key]
+        .map(|prompts| values(prompts.as_ref().expect("has prompts").val())); // [4, 5]
+    for (rows, total) in [(3, 3), (2, 6), (1, 9), (5, 5)] {
+        let found = values(adapter.products(rows, total).expect("adds something"));
+        let pairs = (total - rows..total).flat_map(|i| (0..total).map(move |j| (i, j)));
+        let pair = |(i, j): (usize, usize)| match i.max(j) {
+            0..4 => (0..5).map(|at| query[i * 5 + at] * key[j * 5 + at]).sum::<f32>(),
+            _ => 0.0,
+        };
+        near(&found, &pairs.map(pair).collect::<Vec<f32>>(), "products");
     }
 }
 

@@ -1,0 +1,156 @@
+//! PTP: prompt tuning over words that are shaken in training (arXiv 2305.02423).
+
+use crate::fields::finite;
+use crate::numbers::STANDARD;
+use crate::prompt::{
+    EMBEDDINGS, PREFIXES, UNREAD, VirtualTokens, in_front, only_saved, saved_only, words,
+};
+use crate::prompt_tuning::{Prompt, restored};
+use burn::module::{Module, Param};
+use burn::nn::Embedding;
+use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
+use burn_peft_core::{Adapter, Error, Kind, Method, PlaceTensors, SeenTokens, Site, Targets};
+use rand::rngs::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+/// Prompt tuning with a perturbation-based regularizer (arXiv 2305.02423, section 4), the one of random noise in the space
+/// of embeddings (PTP-RN): the model reads `[P; E(x) + δ]` in training, with `δ ~ N(0, σ²)` drawn anew for every number of
+/// every pass, and `[P; E(x)]` after it.
+///
+/// The loss is the mean over `δ`, which smooths it; no term is added. `P [n, hidden] ~ N(0, 1)`. Parameters: `n·hidden`.
+/// The noise of words in the space of texts is not here, nor the adversarial one (PTP-ADV), whose `δ` climbs the loss of
+/// each batch for some passes before the step: no policy is asked in a step before its gradients are taken. HF PEFT does
+/// not have it: the same file. All else is as in [`PromptTuning`](crate::PromptTuning).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Ptp {
+    /// How many virtual tokens, and what HF PEFT says of the model beside.
+    #[serde(flatten)]
+    pub virtual_tokens: VirtualTokens,
+    /// `σ`; default 0.01, which is our choice: words of BERT are some 0.05 large.
+    pub sigma: f64,
+    /// Layers trained whole.
+    #[serde(flatten, with = "saved_only")]
+    pub targets: Targets,
+}
+
+impl Default for Ptp {
+    fn default() -> Self {
+        Self::new(20, 0.01)
+    }
+}
+
+/// The virtual tokens, and how much words are shaken.
+#[derive(Module, Debug)]
+pub struct ShakenPrompt {
+    /// `P`.
+    pub prompt: Prompt,
+    /// `σ`.
+    pub sigma: f64,
+}
+
+impl Adapter for ShakenPrompt {
+    fn embedding(
+        &self,
+        _layer: &Embedding,
+        _ids: &Tensor<2, Int>,
+        y: &Tensor<3>,
+    ) -> Option<Tensor<3>> {
+        let prompt = self.prompt.prompt_embeddings.val();
+        if self.sigma == 0.0 || !prompt.is_autodiff() {
+            return None;
+        }
+        let noise = Distribution::Normal(0.0, self.sigma);
+        Some(Tensor::<3>::random(y.dims(), noise, &prompt.device().inner()).cast(y.dtype()))
+    }
+
+    fn prompt(&self, x: &Tensor<3>, tokens: Option<&SeenTokens>) -> Option<Tensor<3>> {
+        self.prompt.prompt(x, tokens)
+    }
+
+    fn virtual_tokens(&self) -> usize {
+        self.prompt.virtual_tokens()
+    }
+}
+
+impl Ptp {
+    /// With this many virtual tokens and this noise.
+    pub fn new(num_virtual_tokens: usize, sigma: f64) -> Self {
+        let virtual_tokens = VirtualTokens::of(num_virtual_tokens);
+        Self { virtual_tokens, sigma, targets: Targets::default() }
+    }
+}
+
+impl Method for Ptp {
+    type Adapter = ShakenPrompt;
+    type Shared = Option<Prompt>;
+    const NAME: &'static str = "PTP";
+    const KINDS: &'static [Kind] = &[Kind::Embedding];
+    const ABSENT: &'static [(&'static str, &'static [&'static str])] = &[];
+    const HF_FORMAT: bool = false;
+    const PREFIXES: [&'static str; 2] = PREFIXES;
+
+    in_front!(words);
+
+    fn check(&self) -> Result<(), Error> {
+        self.virtual_tokens.check()?;
+        finite("sigma", self.sigma)?;
+        match self.sigma >= 0.0 {
+            true => Ok(()),
+            false => {
+                let reason = format!("expected 0 or more, found {}", self.sigma);
+                Err(Error::config("sigma", reason))
+            }
+        }
+    }
+
+    fn init(
+        &self,
+        site: &Site,
+        _shared: &Self::Shared,
+        rng: &mut ChaCha8Rng,
+        device: &Device,
+    ) -> Result<ShakenPrompt, Error> {
+        let (n, width) = (self.virtual_tokens.num_virtual_tokens, site.fan_out());
+        self.virtual_tokens.fits(site, width)?;
+        let prompt_embeddings = Param::from_tensor(STANDARD.tensor([n, width], rng, device));
+        Ok(ShakenPrompt { prompt: Prompt { prompt_embeddings }, sigma: self.sigma })
+    }
+
+    fn samples(targets: &Targets) -> Vec<Self> {
+        vec![Self { targets: only_saved(targets), ..Self::new(3, 0.1) }]
+    }
+
+    fn parameters(&self, site: &Site) -> usize {
+        self.virtual_tokens.num_virtual_tokens * site.fan_out()
+    }
+
+    fn tensors(&self, _site: &Site, _adapter: &ShakenPrompt) -> Vec<(&'static str, TensorData)> {
+        Vec::new()
+    }
+
+    fn restore(
+        &self,
+        site: &Site,
+        shared: &Self::Shared,
+        _file: &mut PlaceTensors<'_>,
+        _device: &Device,
+    ) -> Result<ShakenPrompt, Error> {
+        let prompt = shared.clone().ok_or_else(|| Error::place(&site.path, UNREAD))?;
+        Ok(ShakenPrompt { prompt, sigma: self.sigma })
+    }
+
+    fn shared_tensors(&self, adapters: &[&ShakenPrompt]) -> Vec<(String, TensorData)> {
+        let data = |of: &&ShakenPrompt| of.prompt.prompt_embeddings.val().into_data();
+        adapters.iter().map(|of| (EMBEDDINGS.to_owned(), data(of))).collect()
+    }
+
+    fn restore_shared(
+        &self,
+        sites: &[&Site],
+        file: &mut PlaceTensors<'_>,
+        device: &Device,
+    ) -> Result<Self::Shared, Error> {
+        restored(&self.virtual_tokens, sites, file, device)
+    }
+}
