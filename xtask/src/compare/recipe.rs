@@ -37,6 +37,9 @@ pub(super) struct Row {
     pub(super) options: Map<String, Value>,
     /// Options of `burn-peft train` that hold for this row alone.
     pub(super) training: Map<String, Value>,
+    /// Optimizer steps of a timing, for plans that need more than the usual few; says nothing about a run.
+    #[serde(default, skip_serializing)]
+    pub(super) timed_steps: Option<usize>,
 }
 
 impl Recipe {

@@ -5,7 +5,7 @@ use crate::failure::Failure;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-/// Optimizer steps of one timing, unless `--steps` says otherwise.
+/// Optimizer steps of one timing, unless `--steps` or the row says otherwise.
 const STEPS: usize = 12;
 
 /// Step times of a row and of LoRA's row just before it.
@@ -22,6 +22,7 @@ pub(super) fn take(
     steps: Option<usize>,
     desk: &Desk,
 ) -> Result<Times, Failure> {
+    let steps = steps.or(job.row.timed_steps).unwrap_or(STEPS);
     let (job, lora) = (short(job, steps), short(lora, steps));
     let file = job.file(desk, "times.json");
     match std::fs::read_to_string(&file) {
@@ -38,9 +39,9 @@ pub(super) fn take(
     Ok(times)
 }
 
-fn short<'r>(job: &Job<'r>, steps: Option<usize>) -> Job<'r> {
+fn short<'r>(job: &Job<'r>, steps: usize) -> Job<'r> {
     let mut training = job.training.clone();
-    training.insert("max_steps".into(), steps.unwrap_or(STEPS).into());
+    training.insert("max_steps".into(), steps.into());
     Job { row: job.row, training, seed: job.seed, side: Side::Ours }
 }
 
