@@ -53,6 +53,10 @@ impl Adapter for DroppedAdapter {
         let active = !self.active.is_training() || self.active.val().into_scalar::<f32>() != 0.0;
         if active { self.adapter.hidden(at) } else { None }
     }
+
+    fn by_token(&self) -> bool {
+        self.adapter.by_token()
+    }
 }
 
 /// The number of the block that a place is in.

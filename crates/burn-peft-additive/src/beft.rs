@@ -39,6 +39,10 @@ impl Adapter for BeftAdapter {
     fn linear(&self, _layer: &Linear, _x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
         Some(self.beft_bias.val().unsqueeze::<3>().expand(y.dims()).cast(y.dtype()))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for BeftAdapter {

@@ -124,6 +124,10 @@ impl Adapter for CompacterAdapter {
         let y = self.up.forward(self.non_linearity.apply(h));
         Some(y.reshape([batch, seq, hidden]).cast(at.y.dtype()))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 /// Names in the file: the matrix or its left factors, the right ones, the bias, the rules.

@@ -82,6 +82,10 @@ impl Adapter for Ia3Adapter {
         let groups = x.dims()[1] / l.dims()[0].max(1);
         Some(layer.forward(scaled(x, l.repeat_dim(0, groups))) - y.clone())
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for Ia3Adapter {

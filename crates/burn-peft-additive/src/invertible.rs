@@ -111,6 +111,10 @@ impl Adapter for InvertibleAdapter {
     ) -> Option<Tensor<3>> {
         Some(self.difference(y))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 /// Names in the file: `Dᵀ`, `d`, `Uᵀ`, `u`.

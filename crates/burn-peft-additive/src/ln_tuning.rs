@@ -31,6 +31,10 @@ impl Adapter for LnTuningAdapter {
     fn norm(&self) -> (Option<Tensor<1>>, Option<Tensor<1>>) {
         self.ln_tuning_layers.norm()
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for LnTuningAdapter {

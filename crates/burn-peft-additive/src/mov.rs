@@ -50,6 +50,10 @@ impl Adapter for MovAdapter {
         let scale = linear(p, vectors - 1.0, None);
         Some((y.clone().cast(dtype) * scale).cast(y.dtype()))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Mov {

@@ -66,6 +66,10 @@ impl Adapter for RepAdapterAdapter {
         let moved = wide + self.up(h).reshape([batch, seq, fan_in]);
         Some(layer.forward(moved.cast(x.dtype())))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for RepAdapterAdapter {

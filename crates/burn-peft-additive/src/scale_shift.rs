@@ -61,6 +61,10 @@ impl Adapter for ScaleShift {
     fn conv2d(&self, _layer: &Conv2d, _x: &Tensor<4>, y: &Tensor<4>) -> Option<Tensor<4>> {
         Some(self.change(y, 1))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for ScaleShift {

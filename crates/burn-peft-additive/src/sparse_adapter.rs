@@ -124,6 +124,11 @@ impl Adapter for SparseBottleneck {
         let trained = self.scaling.as_ref().map(Param::val);
         Some(self.how.difference(at, matrices, biases, self.norm.as_ref(), trained))
     }
+
+    /// Stochastic depth draws a number for a row of the batch.
+    fn by_token(&self) -> bool {
+        self.how.stochastic_depth == 0.0
+    }
 }
 
 /// Names in the file: the numbers, and where they stand.

@@ -78,6 +78,10 @@ impl Adapter for TrainableTokensAdapter {
         let which = is_token(ids.clone(), &self.token_indices).cast(change.dtype());
         Some(which.matmul(change.unsqueeze()).cast(y.dtype()))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for TrainableTokensAdapter {

@@ -70,6 +70,14 @@ pub trait Adapter: Debug + Send + Sync {
         false
     }
 
+    /// Whether `δ` of a token follows from that token's own states alone, wherever it lies. A padded batch may then
+    /// come without its padding, its tokens one after the other as one row, `[1, tokens, hidden]`, and with no
+    /// [`SeenTokens`]. Not so for what reads other tokens or their ids, stands in front of them, or draws a number
+    /// for a row of the batch.
+    fn by_token(&self) -> bool {
+        false
+    }
+
     /// `δ` of embedded tokens by where they stand: `positions [batch, seq]`, counted from 0 at the first token
     /// of a row or document → `[batch, seq, dim]`.
     fn positional(&self, positions: &Tensor<2, Int>) -> Option<Tensor<3>> {

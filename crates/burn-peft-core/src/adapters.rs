@@ -247,6 +247,10 @@ impl<A: Module + ModuleDisplay + crate::Adapter> Overlay for Adapters<A> {
             laid.push(Laid { adapter: copy, strength: Strength::Scale(1.0) });
         }
     }
+
+    fn by_token(&self) -> bool {
+        self.iter().all(|(_, adapter)| adapter.by_token())
+    }
 }
 
 /// Adapters that fold into parameters, by path: what [`merge`](crate::merge) takes.

@@ -156,4 +156,11 @@ impl<A: Module + ModuleDisplay + Adapter> Overlay for Selection<'_, A> {
             }
         }
     }
+
+    fn by_token(&self) -> bool {
+        let whole = |(adapters, share): &(&Adapters<A>, Share)| {
+            matches!(share, Share::Scale(_)) && adapters.by_token()
+        };
+        self.parts.iter().all(whole)
+    }
 }

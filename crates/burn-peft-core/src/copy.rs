@@ -74,6 +74,10 @@ impl Adapter for TrainedCopy {
         Some(copy.forward(x.clone()))
     }
 
+    fn by_token(&self) -> bool {
+        true
+    }
+
     fn embedding(
         &self,
         _layer: &Embedding,

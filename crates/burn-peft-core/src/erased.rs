@@ -335,6 +335,10 @@ impl Adapter for AnyAdapter {
         self.0.linear_whole(layer, x)
     }
 
+    fn by_token(&self) -> bool {
+        self.0.by_token()
+    }
+
     fn embedding(
         &self,
         layer: &Embedding,

@@ -31,21 +31,38 @@ pub struct Laid<'a> {
 pub trait Overlay {
     /// Appends what lies at `path`.
     fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>);
+
+    /// Whether all that it lays anywhere goes [token by token](Adapter::by_token), for all rows of the batch alike.
+    fn by_token(&self) -> bool {
+        false
+    }
 }
 
 impl Overlay for () {
     fn at<'a>(&'a self, _path: &str, _laid: &mut Vec<Laid<'a>>) {}
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl<O: Overlay + ?Sized> Overlay for &O {
     fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>) {
         (**self).at(path, laid);
     }
+
+    fn by_token(&self) -> bool {
+        (**self).by_token()
+    }
 }
 
 impl<O: Overlay + ?Sized> Overlay for Box<O> {
     fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>) {
         (**self).at(path, laid);
+    }
+
+    fn by_token(&self) -> bool {
+        (**self).by_token()
     }
 }
 
@@ -54,6 +71,10 @@ impl<O: Overlay> Overlay for Vec<O> {
         for overlay in self {
             overlay.at(path, laid);
         }
+    }
+
+    fn by_token(&self) -> bool {
+        self.iter().all(Overlay::by_token)
     }
 }
 
@@ -64,6 +85,12 @@ macro_rules! tuple {
             fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>) {
                 let ($($name,)+) = self;
                 $($name.at(path, laid);)+
+            }
+
+            #[allow(non_snake_case)]
+            fn by_token(&self) -> bool {
+                let ($($name,)+) = self;
+                $($name.by_token())&&+
             }
         }
     };
@@ -152,6 +179,12 @@ impl<'a> Scope<'a> {
         let mut laid = Vec::new();
         self.overlay.at(&self.path, &mut laid);
         laid
+    }
+
+    /// Whether all that lies over the model goes [token by token](Adapter::by_token), so that a padded batch may be
+    /// read without its padding.
+    pub fn by_token(&self) -> bool {
+        self.overlay.by_token()
     }
 
     /// Whether nothing lies over this place, so that its layer may be computed in any way.

@@ -24,6 +24,18 @@ fn fused(devices: &[Device], types: &[burn::tensor::DType]) -> bool {
         && devices.iter().all(|d| d.clone().without_autodiff() == flex)
 }
 
+/// Whether one shape costs on this device what the next one does: on flex. A GPU's kernels are compiled and tuned for
+/// shapes.
+pub fn any_shape(device: &Device) -> bool {
+    #[cfg(feature = "flex")]
+    return device.clone().without_autodiff() == Device::flex();
+    #[cfg(not(feature = "flex"))]
+    {
+        let _ = device;
+        false
+    }
+}
+
 macro_rules! on_flex {
     ([$($tensor:expr),*] => $fused:expr) => {
         #[cfg(feature = "flex")]

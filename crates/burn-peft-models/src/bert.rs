@@ -5,6 +5,7 @@
 use crate::activation::Activation;
 use crate::attention::{mix, padding_mask, split_heads, through};
 use crate::load::{Pretrained, linear, plausible, table};
+use crate::ragged::Ragged;
 use crate::{Classes, Classifier, Tokens};
 use burn::module::Module;
 use burn::nn::{Embedding, LayerNorm, LayerNormConfig, Linear};
@@ -189,14 +190,28 @@ fn norm(config: &BertConfig, device: &Device) -> LayerNorm {
 }
 
 impl BertLayer {
-    fn forward(&self, x: Tensor<3>, mask: Option<Tensor<4>>, cx: &Scope<'_>) -> Tensor<3> {
+    /// `x [batch, seq, hidden]`, or `[1, tokens, hidden]` of a batch without its padding.
+    fn forward(
+        &self,
+        x: Tensor<3>,
+        mask: Option<Tensor<4>>,
+        ragged: Option<&Ragged>,
+        cx: &Scope<'_>,
+    ) -> Tensor<3> {
         let (own, at) = (&self.attention.self_, cx.at("attention.self"));
         let q = at.at("query").linear(&own.query, x.clone()); // [b, s, h]
         let k = at.at("key").linear(&own.key, x.clone());
         let v = at.at("value").linear(&own.value, x.clone());
-        let [q, k, v] = [q, k, v].map(|part| split_heads(part, own.heads)); // [b, n, s, d]
+        let rows = |part| match ragged {
+            Some(ragged) => ragged.unpack(part),
+            None => part,
+        };
+        let [q, k, v] = [q, k, v].map(|part| split_heads(rows(part), own.heads)); // [b, n, s, d]
         let mixed = mix(&at, q.clone(), [k, v], mask, at.prefix(&x));
-        let mixed = at.attention(&x, &q, &own.key, &own.value, mixed);
+        let mixed = match ragged {
+            Some(ragged) => ragged.pack(mixed),
+            None => at.attention(&x, &q, &own.key, &own.value, mixed),
+        };
         let h = self.attention.output.forward(mixed, x.clone(), &cx.at("attention.output"));
         let wide = cx.at("intermediate.dense").linear(&self.intermediate.dense, h.clone());
         let y = self.output.forward(self.activation.apply(wide), h, &cx.at("output"));
@@ -258,7 +273,7 @@ impl BertModel {
     }
 
     /// Hidden states of the last block, `[batch, n + seq, hidden]`, where the first `n` are those of virtual
-    /// tokens that a prompt sets in front.
+    /// tokens that a prompt sets in front. What stands at padding has no meaning.
     pub fn forward(&self, tokens: &Tokens, cx: &Scope<'_>) -> Tensor<3> {
         let device = self.device();
         let (parts, at) = (&self.embeddings, cx.at("embeddings"));
@@ -283,11 +298,23 @@ impl BertModel {
             at.at("position_embeddings").embedding(&parts.position_embeddings, ids(&positions));
         let sum = embedded + types + places;
         let mask = padding_mask(&tokens.mask, &front, [tokens.batch, tokens.seq], &device);
-        let cx = &cx.reading(tokens.seen(n, &[], mask.clone(), &device));
-        let at = cx.at("embeddings");
+        let reading = cx.reading(tokens.seen(n, &[], mask.clone(), &device));
+        let at = reading.at("embeddings");
         let y = at.at("LayerNorm").layer_norm(&parts.LayerNorm, parts.epsilon, sum.clone());
         let x = at.hidden(Hidden::block(sum, y));
-        through(&self.encoder.layer, x, mask.as_ref(), &cx.at("encoder"), BertLayer::forward)
+        // What goes token by token asks for no ids, and these would lie as the padded batch does.
+        let ragged = Ragged::of(&tokens.mask, [tokens.batch, tokens.seq], cx, &device);
+        let (x, cx) = match &ragged {
+            Some(ragged) => (ragged.pack(x), cx),
+            None => (x, &reading),
+        };
+        let forward =
+            |layer: &BertLayer, x, mask, cx: &_| layer.forward(x, mask, ragged.as_ref(), cx);
+        let y = through(&self.encoder.layer, x, mask.as_ref(), &cx.at("encoder"), forward);
+        match &ragged {
+            Some(ragged) => ragged.unpack(y),
+            None => y,
+        }
     }
 
     /// `tanh` of a projection of the first token, `[batch, hidden]`: of the first virtual one where a prompt

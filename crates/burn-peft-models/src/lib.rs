@@ -16,6 +16,7 @@ mod llama;
 mod load;
 mod output;
 mod patches;
+mod ragged;
 mod t5;
 mod tokens;
 mod vit;

@@ -143,6 +143,10 @@ impl Adapter for AdaLoraAdapter {
         let options = ConvOptions::new([1, 1], [0, 0], [1, 1], 1);
         Some(conv2d(down.forward(x), up, None, options).cast(y.dtype()))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for AdaLoraAdapter {

@@ -128,6 +128,10 @@ impl Adapter for C3aAdapter {
         let whole = blocks.permute([1, 2, 0]).reshape([batch, seq, m * b]);
         Some((whole / fan_in as f64).cast(y.dtype()))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for C3aAdapter {

@@ -93,6 +93,10 @@ impl Adapter for DeloraAdapter {
         let h = linear(x * self.delora_w_norm.clone().unsqueeze(), self.scaled(), None);
         Some(linear(h, self.delora_b.val(), None).cast(y.dtype()))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for DeloraAdapter {

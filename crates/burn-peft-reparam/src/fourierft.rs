@@ -123,6 +123,10 @@ impl Adapter for FourierFtAdapter {
     fn linear_whole(&self, layer: &Linear, x: &Tensor<3>) -> Option<Tensor<3>> {
         if self.is_thin() { None } else { composed::linear(self, layer, x) }
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for FourierFtAdapter {

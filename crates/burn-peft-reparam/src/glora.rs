@@ -123,6 +123,10 @@ impl Adapter for GloraAdapter {
         self.a.as_ref()?.b.as_ref()?; // of one column and row there are cheaper ways
         composed::linear(self, layer, x)
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for GloraAdapter {

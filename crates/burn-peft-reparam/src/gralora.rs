@@ -86,6 +86,10 @@ impl Adapter for GraloraAdapter {
         };
         Some(delta.cast(y.dtype()))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for GraloraAdapter {

@@ -110,6 +110,10 @@ impl Adapter for HiraAdapter {
     fn conv2d(&self, layer: &Conv2d, x: &Tensor<4>, y: &Tensor<4>) -> Option<Tensor<4>> {
         Some(composed::conv2d(self, layer, &self.drop(x))?.cast(y.dtype()))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for HiraAdapter {

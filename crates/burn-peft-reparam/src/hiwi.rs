@@ -145,6 +145,10 @@ impl Adapter for HiWiAdapter {
             Parameters::Bias => Some(self.shift(layer.bias.as_ref()?.val(), y, 1)),
         }
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for HiWiAdapter {

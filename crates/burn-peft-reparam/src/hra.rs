@@ -149,6 +149,10 @@ impl Adapter for HraAdapter {
         let options = ConvOptions::new([1, 1], [0, 0], [1, 1], 1);
         Some(conv2d(seen, -up, None, options).cast(y.dtype()))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for HraAdapter {

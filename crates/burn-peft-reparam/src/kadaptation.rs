@@ -81,6 +81,10 @@ impl Adapter for KAdaptationAdapter {
         let delta = h.matmul(v.reshape([n * r, outer])).reshape([batch, seq, n * outer]);
         Some(delta.cast(y.dtype()))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for KAdaptationAdapter {

@@ -99,6 +99,10 @@ impl Adapter for KronAAdapter {
         let rows = of_a.unsqueeze_dim::<4>(3) * of_b.unsqueeze_dim::<4>(2); // [.., a2, b2]
         Some(rows.reshape(y.dims()).cast(y.dtype()))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for KronAAdapter {

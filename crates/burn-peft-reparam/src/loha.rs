@@ -130,6 +130,10 @@ impl Adapter for LohaAdapter {
         let x = x.clone().cast(self.w1.a.val().dtype());
         Some(self.drops.apply(composed::conv2d(self, layer, &x)?, 1).cast(y.dtype()))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for LohaAdapter {

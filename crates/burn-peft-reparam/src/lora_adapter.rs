@@ -221,6 +221,11 @@ impl Adapter for LoraAdapter {
             conv2d(h, expand(b), None, ConvOptions::new([1, 1], [0, 0], [1, 1], 1))
         })
     }
+
+    /// aLoRA asks which tokens it reads, and VeLoRA takes a mean over the batch as it is.
+    fn by_token(&self) -> bool {
+        !matches!(self.variant, Some(LoraVariant::ALora(_) | LoraVariant::Velora(_)))
+    }
 }
 
 impl Fold for LoraAdapter {

@@ -75,6 +75,10 @@ impl Adapter for LoraDropoutAdapter {
     fn conv2d(&self, layer: &Conv2d, x: &Tensor<4>, y: &Tensor<4>) -> Option<Tensor<4>> {
         self.dropped().conv2d(layer, x, y)
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for LoraDropoutAdapter {

@@ -242,6 +242,10 @@ macro_rules! faces_by_lora {
                 let x = $crate::common::drop(x, &self.dropout, &self.$($trained).+.val());
                 self.lora().conv2d(layer, &x, y)
             }
+
+            fn by_token(&self) -> bool {
+                true
+            }
         }
 
         impl ::burn_peft_core::Fold for $adapter {

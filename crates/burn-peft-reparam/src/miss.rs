@@ -112,6 +112,10 @@ impl Adapter for MissAdapter {
             Self::Bat(_) => composed::linear(self, layer, x),
         }
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for MissAdapter {

@@ -166,6 +166,10 @@ impl Adapter for PsoftAdapter {
         let h = linear(drop(x, &self.dropout, &change), self.psoft_a.clone(), None);
         Some(linear(linear(h, change, None), self.psoft_b.clone(), None).cast(y.dtype()))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for PsoftAdapter {

@@ -109,6 +109,10 @@ impl Adapter for PveraAdapter {
         };
         Some((linear(z, b, None) * self.pvera_lambda_b.val().unsqueeze()).cast(y.dtype()))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for PveraAdapter {

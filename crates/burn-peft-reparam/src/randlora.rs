@@ -115,6 +115,10 @@ impl Adapter for RandLoraAdapter {
         let h = linear(x, first, None) * self.scaling; // [batch, seq, n·r]
         Some(linear(h, second, None).cast(y.dtype()))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for RandLoraAdapter {

@@ -112,6 +112,10 @@ impl Adapter for RoadAdapter {
     fn linear(&self, _layer: &Linear, _x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
         Some(self.turn(y))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for RoadAdapter {

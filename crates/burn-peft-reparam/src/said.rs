@@ -108,6 +108,10 @@ impl Adapter for SaidAdapter {
     fn conv2d(&self, layer: &Conv2d, x: &Tensor<4>, _y: &Tensor<4>) -> Option<Tensor<4>> {
         composed::conv2d(self, layer, x)
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for SaidAdapter {

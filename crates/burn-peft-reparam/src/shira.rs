@@ -62,6 +62,10 @@ impl Adapter for ShiraAdapter {
     fn linear_whole(&self, layer: &Linear, x: &Tensor<3>) -> Option<Tensor<3>> {
         composed::linear(self, layer, x)
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for ShiraAdapter {

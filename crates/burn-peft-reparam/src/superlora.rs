@@ -87,6 +87,10 @@ impl Adapter for SuperLoraAdapter {
         }
         Some(h.cast(y.dtype()))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for SuperLoraAdapter {

@@ -132,6 +132,10 @@ impl Adapter for TinyLoraAdapter {
         let h = drop(&embedding(self.a.clone(), ids.clone()), &self.dropout, &core);
         Some(linear(linear(h, core, None), self.b.clone(), None).cast(y.dtype()))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for TinyLoraAdapter {

@@ -152,6 +152,10 @@ impl Adapter for VbLoraAdapter {
         let h = linear(drop(x, &self.dropout, &a), a, None); // [batch, seq, r]
         Some(linear(h, b, None).cast(y.dtype()))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for VbLoraAdapter {

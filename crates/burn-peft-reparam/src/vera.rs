@@ -83,6 +83,10 @@ impl Adapter for VeraAdapter {
         let h = linear(drop(x, &self.dropout, &d), a, None) * d.unsqueeze(); // [batch, seq, r]
         Some((linear(h, b_matrix, None) * b.unsqueeze()).cast(y.dtype()))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for VeraAdapter {

@@ -62,6 +62,10 @@ impl Adapter for BitFitAdapter {
     fn norm(&self) -> (Option<Tensor<1>>, Option<Tensor<1>>) {
         self.copy.norm()
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for BitFitAdapter {

@@ -151,6 +151,10 @@ impl Adapter for DiffPruningAdapter {
     fn conv2d(&self, layer: &Conv2d, x: &Tensor<4>, _y: &Tensor<4>) -> Option<Tensor<4>> {
         composed::conv2d(self, layer, x)
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for DiffPruningAdapter {

@@ -235,6 +235,10 @@ impl Adapter for FishDipAdapter {
     fn norm(&self) -> (Option<Tensor<1>>, Option<Tensor<1>>) {
         self.norm.as_ref().map_or((None, None), |norm| norm.moved(self))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for FishDipAdapter {

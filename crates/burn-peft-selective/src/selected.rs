@@ -193,6 +193,10 @@ impl Adapter for SelectedAdapter {
     fn norm(&self) -> (Option<Tensor<1>>, Option<Tensor<1>>) {
         self.norm.as_ref().map_or((None, None), |norm| norm.moved(self))
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 /// `δ` of a linear layer whose weight and bias have differences.

@@ -133,6 +133,10 @@ impl Adapter for SptAdapter {
     fn norm(&self) -> (Option<Tensor<1>>, Option<Tensor<1>>) {
         self.sparse.norm()
     }
+
+    fn by_token(&self) -> bool {
+        true
+    }
 }
 
 impl Fold for SptAdapter {

@@ -161,6 +161,10 @@ impl<T: Method> Overlay for Held<T> {
     fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>) {
         self.1.at(path, laid);
     }
+
+    fn by_token(&self) -> bool {
+        self.1.by_token()
+    }
 }
 
 impl<T: Method> AnyAdapters for Held<T> {

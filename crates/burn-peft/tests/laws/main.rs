@@ -15,6 +15,7 @@ mod names;
 mod other_models;
 mod probe;
 mod prompts;
+mod ragged;
 mod seq2seq;
 mod variants;
 mod vision;
@@ -56,8 +57,7 @@ impl<T: Method> Case<T> {
 
     /// Whether it stands in front of the sequence.
     fn in_front(&self) -> bool {
-        let adapters = self.adapters(0).expect("fits");
-        adapters.iter().any(|(_, adapter)| adapter.virtual_tokens() > 0)
+        self.adapters(0).expect("fits").iter().any(|(_, adapter)| adapter.virtual_tokens() > 0)
     }
 
     fn forward(&self, cx: &Scope<'_>) -> Vec<f32> {

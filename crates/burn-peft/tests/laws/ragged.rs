@@ -1,0 +1,97 @@
+//! What goes token by token gives the same without a batch's padding.
+
+use crate::hf::{base, device, fixtures, tokens};
+use crate::probe::{Drawn, close, values};
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::optim::GradientsParams;
+use burn::tensor::Tensor;
+use burn_peft::core::{Laid, Overlay, Scope, Sites, Targets, adapt, merge};
+use burn_peft::models::{BertForSequenceClassification, Pretrained};
+use burn_peft::registry::load_any;
+use burn_peft::reparam::Lora;
+
+/// Adapters over a batch with its padding.
+struct Padded<'a>(&'a dyn Overlay);
+
+impl Overlay for Padded<'_> {
+    fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>) {
+        self.0.at(path, laid);
+    }
+}
+
+/// Every adapter that is committed for BERT, and what merges goes token by token: VeLoRA alone is
+/// of batches as they are.
+#[test]
+fn padding_changes_nothing() {
+    let model: BertForSequenceClassification = base("bert");
+    let sites = Sites::of(&model, Some(BertForSequenceClassification::OUTPUT));
+    let batch = tokens("bert", true);
+    assert!(batch.mask.contains(&0));
+    let logits = |cx: &Scope<'_>| values(model.forward(&batch, cx));
+    close(&logits(&Scope::plain()), &logits(&Scope::new(&Padded(&()))), "nothing");
+    let (mut by_token, mut others) = (0, Vec::new());
+    for kind in std::fs::read_dir(fixtures()).expect("is committed").flatten() {
+        for folder in std::fs::read_dir(kind.path()).into_iter().flatten().flatten() {
+            let (name, folder) =
+                (folder.file_name().into_string().expect("is text"), folder.path());
+            if !name.ends_with("-bert") || !folder.join("adapter_config.json").exists() {
+                continue;
+            }
+            let adapters = load_any(&folder, &sites, &device()).expect("is whole");
+            let overlay = &*adapters;
+            if overlay.by_token() {
+                let found = logits(&Scope::new(&overlay));
+                close(&found, &logits(&Scope::new(&Padded(&overlay))), &name);
+                by_token += 1;
+            } else if let Some(folds) = adapters.folds()
+                && merge(&model, &[(folds.as_ref(), 1.0)]).is_ok()
+            {
+                others.push(name);
+            }
+        }
+    }
+    assert!(by_token > 40, "{by_token}");
+    assert!(others.iter().all(|name| name.starts_with("velora")), "{others:?}");
+}
+
+struct Gradients<'a>(&'a GradientsParams, Vec<Vec<f32>>);
+
+impl ModuleVisitor for Gradients<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.1.extend(self.0.get::<D>(param.id).map(values));
+    }
+}
+
+#[test]
+fn gradients_are_those_of_the_padded_batch() {
+    let model: BertForSequenceClassification = base("bert");
+    let sites = Sites::of(&model, Some(BertForSequenceClassification::OUTPUT));
+    let batch = tokens("bert", true);
+    let lora = Lora::new(3, 6.0, Targets::list(["query", "value", "dense", "word_embeddings"]));
+    let fresh = adapt(&sites, &lora, 0, &device().autodiff()).expect("fits");
+    let adapters = fresh.map(&mut Drawn::new(7, 0.8));
+    let gradients = |cx: &Scope<'_>| {
+        let y = model.forward(&batch, cx);
+        let grads = GradientsParams::from_grads((y.clone() * y).mean().backward(), &adapters);
+        let mut found = Gradients(&grads, Vec::new());
+        adapters.visit(&mut found);
+        found.1
+    };
+    let found = gradients(&Scope::new(&adapters));
+    let expected = gradients(&Scope::new(&Padded(&adapters)));
+    assert!(found.len() > 10 && found.len() == expected.len(), "{}", found.len());
+    for (found, expected) in found.iter().zip(&expected) {
+        close(found, expected, "a gradient");
+    }
+}
+
+/// A row that begins with padding, or has nothing else, is read as ever.
+#[test]
+fn rows_that_begin_with_padding_stay() {
+    let model: BertForSequenceClassification = base("bert");
+    let mut batch = tokens("bert", true);
+    batch.mask[0] = 0;
+    batch.mask[batch.seq..2 * batch.seq].fill(0);
+    let logits = |cx: &Scope<'_>| values(model.forward(&batch, cx));
+    assert_eq!(logits(&Scope::plain()), logits(&Scope::new(&Padded(&()))));
+}
