@@ -308,9 +308,10 @@ impl BertModel {
             Some(ragged) => (ragged.pack(x), cx),
             None => (x, &reading),
         };
-        let forward =
-            |layer: &BertLayer, x, mask, cx: &_| layer.forward(x, mask, ragged.as_ref(), cx);
-        let y = through(&self.encoder.layer, x, mask.as_ref(), &cx.at("encoder"), forward);
+        let mask = mask.as_ref();
+        let y = through(&self.encoder.layer, x, mask, &cx.at("encoder"), |layer, x, mask, cx| {
+            layer.forward(x, mask, ragged.as_ref(), cx)
+        });
         match &ragged {
             Some(ragged) => ragged.unpack(y),
             None => y,

@@ -1,7 +1,9 @@
 //! `y = x·W + b`; `dx = g·Wᵀ`, `dW = xᵀ·g`, `db = Σ g`.
+// Outputs are written whole; see `written`.
+#![allow(unsafe_code)]
 
 use super::matrix::{Shape, View, ViewMut, matmul};
-use super::tensors::{dims, flat, in_order, make};
+use super::tensors::{dims, flat, in_order, make, written};
 use super::{Dense, Tracked};
 use burn::backend::Flex;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
@@ -20,6 +22,18 @@ pub(super) fn weight(w: &Dense) -> (Dense, usize, Shape) {
     let [row_stride, col_stride] = [0, 1].map(|axis| layout.strides()[axis].unsigned_abs());
     let start = layout.start_offset();
     (w, start, Shape { rows, cols, row_stride, col_stride })
+}
+
+/// Output of a product that is a sum over `k` numbers.
+///
+/// # Safety
+/// `write` replaces every number, by a product or before one is added.
+unsafe fn output(shape: impl Into<Vec<usize>>, k: usize, write: impl FnOnce(&mut [f32])) -> Dense {
+    match k {
+        0 => make(shape, write), // a product of nothing writes nothing
+        // SAFETY: as is promised.
+        _ => unsafe { written(shape, write) },
+    }
 }
 
 /// All leading axes are rows.
@@ -46,40 +60,54 @@ pub(super) fn multiply(
     matmul(&mut ViewMut::new(out, Shape::rows(n, cols)), add, scale, x, view, false);
 }
 
-pub(super) fn forward(x: &Dense, w: &Dense, b: Option<&Dense>) -> Dense {
-    let (x, cols, b) = (in_order(x), dims(w)[1], b.map(in_order));
-    let mut out_dims = dims(&x);
-    if let Some(last) = out_dims.last_mut() {
-        *last = cols;
+/// The axes of `x` with another width.
+fn widened(x: &Dense, width: usize) -> Vec<usize> {
+    let mut dims = dims(x);
+    if let Some(last) = dims.last_mut() {
+        *last = width;
     }
-    make(out_dims, |out| {
-        if let (Some(b), true) = (&b, cols > 0) {
-            let rows = out.par_chunks_exact_mut(cols).with_min_len(16);
-            rows.for_each(|row| row.copy_from_slice(flat(b)));
-        }
-        multiply(out, b.is_some(), 1.0, &x, w, false);
-    })
+    dims
+}
+
+pub(super) fn forward(x: &Dense, w: &Dense, b: Option<&Dense>) -> Dense {
+    let (x, [k, cols], b) = (in_order(x), [0, 1].map(|axis| dims(w)[axis]), b.map(in_order));
+    // SAFETY: the product replaces what it is not added to, and the bias is all of that.
+    unsafe {
+        output(widened(&x, cols), k, |out| {
+            if let (Some(b), true) = (&b, cols > 0) {
+                let rows = out.par_chunks_exact_mut(cols).with_min_len(16);
+                rows.for_each(|row| row.copy_from_slice(flat(b)));
+            }
+            multiply(out, b.is_some(), 1.0, &x, w, false);
+        })
+    }
+}
+
+/// `scale·x·W`, or with `Wᵀ`.
+pub(super) fn product(scale: f32, x: &Dense, w: &Dense, transposed: bool) -> Dense {
+    let (x, [fan_in, fan_out]) = (in_order(x), [0, 1].map(|axis| dims(w)[axis]));
+    let (k, cols) = if transposed { (fan_out, fan_in) } else { (fan_in, fan_out) };
+    let write = |out: &mut [f32]| multiply(out, false, scale, &x, w, transposed);
+    // SAFETY: the product replaces all of it.
+    unsafe { output(widened(&x, cols), k, write) }
 }
 
 /// `g·Wᵀ`
 pub(super) fn input_gradient(g: &Dense, w: &Dense) -> Dense {
-    let g = in_order(g);
-    let mut out_dims = dims(&g);
-    if let Some(last) = out_dims.last_mut() {
-        *last = dims(w)[0];
-    }
-    make(out_dims, |out| multiply(out, false, 1.0, &g, w, true))
+    product(1.0, g, w, true)
 }
 
 /// `xᵀ·g`
 pub(super) fn weight_gradient(x: &Dense, g: &Dense) -> Dense {
     let (x, g) = (in_order(x), in_order(g));
     let ((n, fan_in), (_, fan_out)) = (rows(&dims(&x)), rows(&dims(&g)));
-    make([fan_in, fan_out], |out| {
+    let write = |out: &mut [f32]| {
         let x = View::new(flat(&x), 0, Shape::rows(n, fan_in)).transposed();
         let g = View::new(flat(&g), 0, Shape::rows(n, fan_out));
         matmul(&mut ViewMut::new(out, Shape::rows(fan_in, fan_out)), false, 1.0, x, g, false);
-    })
+    };
+    // SAFETY: the product replaces all of it.
+    unsafe { output([fan_in, fan_out], n, write) }
 }
 
 /// `Σ g` over the rows, in their order.

@@ -3,8 +3,8 @@
 //! With `u = s·g·Bᵀ`: `dx = g·Wᵀ + u·Aᵀ`, `dW = xᵀ·g`, `dA = xᵀ·u`, `dB = hᵀ·g`, `db = Σ g`. What is small is added up
 //! where the large product lies, so that no second output and no second gradient of `x` is made.
 
-use super::linear::{self, bias_gradient, input_gradient, multiply, weight_gradient};
-use super::tensors::{dims, in_order, make};
+use super::linear::{self, bias_gradient, input_gradient, multiply, product, weight_gradient};
+use super::tensors::in_order;
 use super::{Dense, Tracked};
 use burn::backend::Flex;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
@@ -23,19 +23,10 @@ pub(super) fn forward(
     (a, b, scale): Factors<'_>,
 ) -> (Dense, Dense) {
     let x = in_order(x);
-    let h = rows_of(&x, dims(a)[1], |out| multiply(out, false, scale as f32, &x, a, false));
+    let h = product(scale as f32, &x, a, false);
     let mut y = linear::forward(&x, w, bias);
     multiply(y.storage_mut::<f32>(), true, 1.0, &h, b, false);
     (y, h)
-}
-
-/// As many rows as `x` has, of another width.
-fn rows_of(x: &Dense, width: usize, fill: impl FnOnce(&mut [f32])) -> Dense {
-    let mut dims = dims(x);
-    if let Some(last) = dims.last_mut() {
-        *last = width;
-    }
-    make(dims, fill)
 }
 
 /// What backward needs.
@@ -56,8 +47,7 @@ struct Step;
 fn backward<const N: usize>(ops: Ops<State, N>, grads: &mut Gradients) {
     let g = in_order(&grads.consume::<Flex>(&ops.node));
     let State { x, w, a, b, h, scale } = ops.state;
-    let rank = dims(&a)[1];
-    let u = rows_of(&g, rank, |out| multiply(out, false, scale as f32, &g, &b, true));
+    let u = product(scale as f32, &g, &b, true);
     let mut give = |parent: usize, gradient: &dyn Fn() -> Option<Dense>| {
         if let Some(Some(node)) = ops.parents.get(parent)
             && let Some(gradient) = gradient()

@@ -16,6 +16,7 @@ pub(super) fn vectorized<R>(work: impl FnOnce() -> R) -> R {
 
 /// `out[i] = f(a[i])` on all cores.
 pub(super) fn map(out: &mut [f32], a: &[f32], f: impl Fn(f32) -> f32 + Sync) {
+    assert_eq!(out.len(), a.len(), "numbers of an output");
     out.par_chunks_mut(CHUNK).zip(a.par_chunks(CHUNK)).for_each(|(out, a)| {
         vectorized(
             #[inline(always)]
@@ -26,6 +27,7 @@ pub(super) fn map(out: &mut [f32], a: &[f32], f: impl Fn(f32) -> f32 + Sync) {
 
 /// `out[i] = f(a[i], b[i])` on all cores.
 pub(super) fn zip(out: &mut [f32], a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) {
+    assert_eq!([a.len(), b.len()], [out.len(); 2], "numbers of an output");
     out.par_chunks_mut(CHUNK).zip(a.par_chunks(CHUNK)).zip(b.par_chunks(CHUNK)).for_each(
         |((out, a), b)| {
             vectorized(
@@ -42,6 +44,7 @@ pub(super) fn zip3(
     [a, b, c]: [&[f32]; 3],
     f: impl Fn(f32, f32, f32) -> f32 + Sync,
 ) {
+    assert_eq!([a.len(), b.len(), c.len()], [out.len(); 3], "numbers of an output");
     let inputs = a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK)).zip(c.par_chunks(CHUNK));
     out.par_chunks_mut(CHUNK).zip(inputs).for_each(|(out, ((a, b), c))| {
         vectorized(

@@ -1,7 +1,9 @@
 //! Element by element.
+// Outputs are written whole; see `written`.
+#![allow(unsafe_code)]
 
 use super::math::{map, normal, sigmoid, zip, zip3};
-use super::tensors::{dims, flat, in_order, make};
+use super::tensors::{dims, flat, in_order, written};
 use super::{Dense, Tracked};
 use burn::backend::Flex;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
@@ -9,9 +11,15 @@ use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 
+/// A fresh tensor of as many numbers as `like` has, of which `write` writes each.
+fn every(like: &Dense, write: impl FnOnce(&mut [f32])) -> Dense {
+    // SAFETY: the functions of `math` that take an output write each of its numbers from inputs of the same length.
+    unsafe { written(dims(like), write) }
+}
+
 pub(super) fn gelu(x: &Dense) -> Dense {
     let x = in_order(x);
-    make(dims(&x), |out| {
+    every(&x, |out| {
         map(
             out,
             flat(&x),
@@ -31,7 +39,7 @@ impl Backward<Flex, 1> for Gelu {
         let g = in_order(&grads.consume::<Flex>(&ops.node));
         let x = in_order(&ops.state);
         if let [Some(node)] = &ops.parents {
-            let dx = make(dims(&x), |out| {
+            let dx = every(&x, |out| {
                 zip(
                     out,
                     flat(&x),
@@ -58,7 +66,7 @@ pub(super) fn gelu_tracked<C: CheckpointStrategy>(x: Tracked) -> Tracked {
 
 pub(super) fn silu_mul(gate: &Dense, up: &Dense) -> Dense {
     let (gate, up) = (in_order(gate), in_order(up));
-    make(dims(&gate), |out| {
+    every(&gate, |out| {
         zip(
             out,
             flat(&gate),
@@ -80,7 +88,7 @@ impl Backward<Flex, 2> for SiluMul {
         let (gate, up) = (in_order(&ops.state.0), in_order(&ops.state.1));
         let [to_gate, to_up] = &ops.parents;
         if let Some(node) = to_gate {
-            let d = make(dims(&g), |out| {
+            let d = every(&g, |out| {
                 zip3(
                     out,
                     [flat(&g), flat(&gate), flat(&up)],
@@ -94,7 +102,7 @@ impl Backward<Flex, 2> for SiluMul {
             grads.register::<Flex>(node.id, d);
         }
         if let Some(node) = to_up {
-            let d = make(dims(&g), |out| {
+            let d = every(&g, |out| {
                 zip(
                     out,
                     flat(&g),

@@ -1,13 +1,37 @@
 //! Reading flex's tensors as memory with strides, and making new ones.
 
-use super::Dense;
-use burn::tensor::{DType, Shape};
+// Memory that is not cleared; see `written`.
+#![allow(unsafe_code)]
 
-/// A fresh tensor, filled by `fill`.
+use super::Dense;
+use burn::tensor::{DType, Shape, TensorData};
+
+/// A fresh tensor of zeros, filled by `fill`.
 pub(super) fn make(shape: impl Into<Vec<usize>>, fill: impl FnOnce(&mut [f32])) -> Dense {
     let mut out = Dense::empty(Shape::from(shape.into()), DType::F32);
     fill(out.storage_mut::<f32>());
     out
+}
+
+/// A fresh tensor, written by `write`. Its memory is not cleared before: one core would pass over it while the others
+/// wait.
+///
+/// # Safety
+/// `write` writes every number, and reads none that it has not written.
+pub(super) unsafe fn written(
+    shape: impl Into<Vec<usize>>,
+    write: impl FnOnce(&mut [f32]),
+) -> Dense {
+    let shape = Shape::from(shape.into());
+    let count = shape.num_elements();
+    let mut numbers = Vec::<f32>::with_capacity(count);
+    // SAFETY: there is room for `count` numbers, and the caller promises that they are written before they are read.
+    #[allow(clippy::uninit_vec)]
+    unsafe {
+        numbers.set_len(count);
+    }
+    write(&mut numbers);
+    Dense::from_data(TensorData::new(numbers, shape))
 }
 
 /// The axes' lengths.
