@@ -48,7 +48,7 @@ def first_of(output):
 
 
 def carried(net, model, before, first=0):
-    """Logits with `before(block, h, held, kept)` in front of what each block reads; positions begin at `first`."""
+    """Logits with `before(block, h, held, kept)` in front of what each block reads; the sequence begins at `first`."""
     if model in ("vit", "dinov2"):
         body = getattr(net, model)
         h = body.embeddings(tiny.images())
@@ -71,7 +71,7 @@ def carried(net, model, before, first=0):
         sees = torch.cat([torch.ones(h.shape[0], n), kept], 1).bool()[:, None, None, :]
         if model == "llama":
             sees = sees & torch.ones(x.shape[1], x.shape[1]).tril().bool()
-            at = torch.arange(-n, h.shape[1])[None]
+            at = torch.cat([torch.arange(-n, 0), torch.arange(first, first + h.shape[1])])[None]
             y = layer(x, attention_mask=torch.where(sees, 0.0, HIDES), position_embeddings=body.rotary_emb(x, at))
         elif model == "bert":
             y = layer(x, torch.where(sees, 0.0, HIDES))
@@ -268,7 +268,7 @@ def lpt_pooling(net, model, draw):
 
 def selective(prompt_layers):
     return dict(peft_type="SELECTIVE_PROMPT_TUNING", num_virtual_tokens=3, proj_down_size=4, tau=0.5,
-                num_prompt_layers=1, prompt_layers=prompt_layers)
+                selection_every=2, second_seed=0, num_prompt_layers=1, prompt_layers=prompt_layers)
 
 
 def generators(draw, count):
