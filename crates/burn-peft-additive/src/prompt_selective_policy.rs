@@ -189,7 +189,7 @@ mod tests {
             alone.layers = (0..4).map(|at| if at == layer { layer } else { 9 }).collect();
             let new = read(&alone)[layer].clone().expect("makes one");
             held = held.iter().zip(&new).map(|(p, new)| (1.0 - share) * p + share * new).collect();
-            close(&[found.clone()], &[Some(held.clone())]);
+            close(std::slice::from_ref(found), &[Some(held.clone())]);
         }
     }
 
