@@ -206,12 +206,14 @@ impl BertLayer {
             Some(ragged) => ragged.unpack(part),
             None => part,
         };
+        let read = split_heads(q.clone(), own.heads); // as `x` lies
         let [q, k, v] = [q, k, v].map(|part| split_heads(rows(part), own.heads)); // [b, n, s, d]
-        let mixed = mix(&at, q.clone(), [k, v], mask, at.prefix(&x));
+        let mixed = mix(&at, q, [k, v], mask, at.prefix(&x));
         let mixed = match ragged {
             Some(ragged) => ragged.pack(mixed),
-            None => at.attention(&x, &q, &own.key, &own.value, mixed),
+            None => mixed,
         };
+        let mixed = at.attention(&x, &read, &own.key, &own.value, mixed);
         let h = self.attention.output.forward(mixed, x.clone(), &cx.at("attention.output"));
         let wide = cx.at("intermediate.dense").linear(&self.intermediate.dense, h.clone());
         let y = self.output.forward(self.activation.apply(wide), h, &cx.at("output"));

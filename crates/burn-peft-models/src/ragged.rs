@@ -34,14 +34,14 @@ impl Ragged {
             return None;
         }
         let (mut padded, mut tokens) = (Vec::new(), Vec::with_capacity(mask.len()));
-        for row in mask.chunks(seq).enumerate().map(|(row, mask)| (row * seq, mask)) {
+        for (row, mask) in mask.chunks(seq).enumerate() {
             let first = padded.len() as i32;
-            for (column, kept) in row.1.iter().enumerate() {
+            for (column, kept) in mask.iter().enumerate() {
                 if *kept == 0 {
                     tokens.push(first);
                 } else {
                     tokens.push(padded.len() as i32);
-                    padded.push((row.0 + column) as i32);
+                    padded.push((row * seq + column) as i32);
                 }
             }
         }
