@@ -2,6 +2,7 @@
 
 mod picture;
 mod recipe;
+mod record;
 mod run;
 mod table;
 mod times;
@@ -11,6 +12,7 @@ use crate::failure::Failure;
 use crate::summary::duration;
 use crate::{demo, dinov2, exec, fashion, fetch, places, python};
 use recipe::Recipe;
+use record::Record;
 use run::{Desk, Job, Side};
 use serde_json::Value;
 use std::io::Write;
@@ -47,6 +49,22 @@ impl Task {
         }
     }
 
+    /// Name of the folder of its runs.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Sentiment => "sentiment",
+            Self::Images => "images",
+        }
+    }
+
+    /// Its table in docs/, without the ending.
+    fn document(self) -> &'static str {
+        match self {
+            Self::Sentiment => "compare",
+            Self::Images => "compare-images",
+        }
+    }
+
     /// Whether the model reads sentences, so that neutral ones show what it forgets.
     fn has_sentences(self) -> bool {
         self == Self::Sentiment
@@ -70,7 +88,8 @@ Examples:
   cargo xtask compare --task sentiment --methods lora,oft --steps 30
   cargo xtask compare --task sentiment --methods lora,dora,oft --seeds 1,2,3 --against python
   cargo xtask compare --task sentiment --times
-  cargo xtask compare --task images"
+  cargo xtask compare --task images
+  cargo xtask compare --task sentiment --publish"
 )]
 pub(crate) struct CompareArgs {
     /// What the methods are trained for
@@ -92,6 +111,10 @@ pub(crate) struct CompareArgs {
     /// a machine that does nothing else
     #[arg(long, conflicts_with = "against")]
     times: bool,
+    /// Run nothing, but write the table in docs/ of the output folder's runs and times and of those in its
+    /// record there, which takes them up; runs whose settings are no more the recipe's leave it
+    #[arg(long, conflicts_with_all = ["against", "times", "methods", "steps"])]
+    publish: bool,
     /// Where table, picture and runs go [default: compare-output/TASK in the repository]
     #[arg(long, value_name = "DIR")]
     output_dir: Option<PathBuf>,
@@ -123,6 +146,8 @@ pub(crate) fn run(args: &CompareArgs) -> Result<(), Failure> {
     }
     let rows = recipe.select(&args.methods)?;
     let (desk, held_out) = prepare(args)?;
+    let line = |row| Line { row, ours: vec![], python: vec![], times: vec![], failures: vec![] };
+    let mut lines: Vec<Line<'_>> = rows.into_iter().map(line).collect();
     let head = Head {
         task: args.task,
         model: name(&desk.model),
@@ -132,9 +157,12 @@ pub(crate) fn run(args: &CompareArgs) -> Result<(), Failure> {
         threads: desk.threads,
         against: args.against.is_some(),
         timed: args.times,
+        published: None,
     };
-    let line = |row| Line { row, ours: vec![], python: vec![], times: vec![], failures: vec![] };
-    let mut lines: Vec<Line<'_>> = rows.into_iter().map(line).collect();
+    if args.publish {
+        return publish(args.task, head, &recipe, &mut lines, &desk);
+    }
+    desk.embed_base()?;
     if args.times {
         // What was run stands in the table from the first, and the times come in row by row.
         for line in &mut lines {
@@ -224,6 +252,43 @@ fn time(
     Ok(())
 }
 
+/// Writes the table in docs/, and what it is made of.
+fn publish(
+    task: Task,
+    head: Head,
+    recipe: &Recipe,
+    lines: &mut [Line<'_>],
+    desk: &Desk,
+) -> Result<(), Failure> {
+    let at =
+        |ending: &str| places::root().join("docs").join(format!("{}.{ending}", task.document()));
+    let older = Record::read(&at("json"))?;
+    let mut record = Record::after(&older);
+    for line in &mut *lines {
+        for &seed in &head.seeds {
+            let training = recipe.training(line.row);
+            let job = |side| Job { row: line.row, training: training.clone(), seed, side };
+            line.ours.extend(record.run(&job(Side::Ours), &older, desk)?.map(|run| (seed, run)));
+            line.python
+                .extend(record.run(&job(Side::Python), &older, desk)?.map(|run| (seed, run)));
+            line.times.extend(record.times(&job(Side::Ours), &older, desk)?);
+        }
+    }
+    let head = Head {
+        against: lines.iter().any(|line| !line.python.is_empty()),
+        timed: true,
+        published: Some([record.note.clone(), format!("{}.svg", task.document())]),
+        ..head
+    };
+    record.write(&at("json"))?;
+    places::write(&at("md"), table::markdown(&head, lines).as_bytes())?;
+    if let Some(svg) = picture::svg(&format!("Methods on {}", head.model), lines)? {
+        places::write(&at("svg"), svg.as_bytes())?;
+    }
+    println!("{}, and a picture and the record beside it", at("md").display());
+    Ok(())
+}
+
 /// Writes what is known so far.
 fn report(output: &Path, head: &Head, lines: &[Line<'_>]) -> Result<(), Failure> {
     places::write(&output.join("compare.md"), table::markdown(head, lines).as_bytes())?;
@@ -248,13 +313,10 @@ fn prepare(args: &CompareArgs) -> Result<(Desk, usize), Failure> {
             Some((python::with_peft()?, places::root().join("interop/compare.py")))
         }
     };
-    let output = args.output_dir.clone().unwrap_or_else(|| {
-        let task = match args.task {
-            Task::Sentiment => "sentiment",
-            Task::Images => "images",
-        };
-        places::root().join("compare-output").join(task)
-    });
+    let output = args
+        .output_dir
+        .clone()
+        .unwrap_or_else(|| places::root().join("compare-output").join(args.task.name()));
     places::make(&output.join("runs"))?;
     let data = args.data.as_deref();
     let (model, neutral, [train, held_out], count) = match args.task {
@@ -277,6 +339,8 @@ fn prepare(args: &CompareArgs) -> Result<(Desk, usize), Failure> {
     };
     let program = match &args.program {
         Some(program) => program.clone(),
+        // Nothing is run.
+        None if args.publish => PathBuf::new(),
         None => {
             println!(
                 "Building burn-peft; the first time compiles all of Burn, which takes minutes"
@@ -289,7 +353,6 @@ fn prepare(args: &CompareArgs) -> Result<(Desk, usize), Failure> {
     let sums = files.map(sum).collect::<Result<_, _>>()?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let desk = Desk { program, python, model, train, held_out, neutral, sums, output, threads };
-    desk.embed_base()?;
     Ok((desk, count))
 }
 

@@ -28,6 +28,7 @@ mod fold;
 mod format;
 mod hidden;
 mod method;
+mod overlay;
 mod policy;
 mod product;
 mod quantize;
@@ -56,13 +57,14 @@ pub use format::{
 };
 pub use hidden::{Grid, Hidden, HiddenPlace, SeenTokens};
 pub use method::{Biases, Method, site_rng};
+pub use overlay::{Laid, Overlay, Strength};
 pub use policy::{Guide, Policy};
 pub use product::Product;
 pub use quantize::quantize;
 /// What [`Method::init`] draws with.
 pub use rand;
 pub use riemannian::ridge_inverse;
-pub use scope::{Front, HIDDEN, Laid, Overlay, Scope, Strength};
+pub use scope::{Front, HIDDEN, Scope};
 pub use several::{LIST_FILE, Unwritten, adapter_folders, save_together};
 pub use site::{Kind, Site, Sites, Value, as_matrix, from_matrix, hf_component, hf_path};
 pub use slopes::{Slope, Slopes, Tuning, hardest, slopes_at};

@@ -1,104 +1,11 @@
 //! Where a forward pass is and what lies over it.
 
-use crate::{Adapter, Carried, Grid, Hidden, SeenTokens};
+use crate::{Adapter, Carried, Grid, Hidden, Laid, Overlay, SeenTokens, Strength};
 use burn::module::Param;
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Embedding, LayerNorm, Linear, RmsNorm};
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{IndexingUpdateOp, Int, Tensor};
 use burn_peft_kernels as kernels;
-
-/// How strongly an adapter lies over a place.
-#[derive(Debug, Clone)]
-pub enum Strength<'a> {
-    /// `y0 + w·δ` for the whole batch.
-    Scale(f64),
-    /// `y0 + δ` for these rows of the batch only: indices `[n]` into its first axis. What stands in front of a
-    /// sequence knows no rows, and [`Bank::rows`](crate::Bank::rows) refuses it.
-    Rows(&'a Tensor<1, Int>),
-}
-
-/// One adapter at one place, with its strength.
-#[derive(Debug, Clone)]
-pub struct Laid<'a> {
-    /// The adapter.
-    pub adapter: &'a dyn Adapter,
-    /// How strongly it counts.
-    pub strength: Strength<'a>,
-}
-
-/// Which adapters lie over a model: nothing (`()`), adapters, several at once (a tuple), or a
-/// selection from a bank.
-pub trait Overlay {
-    /// Appends what lies at `path`.
-    fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>);
-
-    /// Whether all that it lays anywhere goes [token by token](Adapter::by_token), for all rows of the batch alike.
-    fn by_token(&self) -> bool {
-        false
-    }
-}
-
-impl Overlay for () {
-    fn at<'a>(&'a self, _path: &str, _laid: &mut Vec<Laid<'a>>) {}
-
-    fn by_token(&self) -> bool {
-        true
-    }
-}
-
-impl<O: Overlay + ?Sized> Overlay for &O {
-    fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>) {
-        (**self).at(path, laid);
-    }
-
-    fn by_token(&self) -> bool {
-        (**self).by_token()
-    }
-}
-
-impl<O: Overlay + ?Sized> Overlay for Box<O> {
-    fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>) {
-        (**self).at(path, laid);
-    }
-
-    fn by_token(&self) -> bool {
-        (**self).by_token()
-    }
-}
-
-impl<O: Overlay> Overlay for Vec<O> {
-    fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>) {
-        for overlay in self {
-            overlay.at(path, laid);
-        }
-    }
-
-    fn by_token(&self) -> bool {
-        self.iter().all(Overlay::by_token)
-    }
-}
-
-macro_rules! tuple {
-    ($($name:ident),+) => {
-        impl<$($name: Overlay),+> Overlay for ($($name,)+) {
-            #[allow(non_snake_case)]
-            fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>) {
-                let ($($name,)+) = self;
-                $($name.at(path, laid);)+
-            }
-
-            #[allow(non_snake_case)]
-            fn by_token(&self) -> bool {
-                let ($($name,)+) = self;
-                $($name.by_token())&&+
-            }
-        }
-    };
-}
-tuple!(A);
-tuple!(A, B);
-tuple!(A, B, C);
-tuple!(A, B, C, D);
 
 /// What is added to the score of a pair that must not see each other: finite, so that a row of padding
 /// stays a number.
@@ -469,8 +376,8 @@ impl Input for Hidden<'_> {
     }
 }
 
-/// `y0 + Σ wᵢ·δᵢ(x, y0)`. An adapter routed to some rows sees only those: a batch with many
-/// adapters costs what a batch with one costs.
+/// `y0 + Σ wᵢ·δᵢ(x, y0)`. An adapter routed to some rows sees only those, and what all of them add is added at
+/// once: a batch with many adapters costs what a batch with one costs.
 fn sum<'a, const D: usize, X: Input>(
     laid: impl IntoIterator<Item = Laid<'a>>,
     x: &X,
@@ -478,6 +385,7 @@ fn sum<'a, const D: usize, X: Input>(
     delta: impl Fn(&dyn Adapter, &X, &Tensor<D>) -> Option<Tensor<D>>,
 ) -> Tensor<D> {
     let mut y = y0.clone();
+    let (mut rows, mut parts) = (Vec::new(), Vec::new());
     for Laid { adapter, strength } in laid {
         match strength {
             Strength::Scale(w) => {
@@ -485,14 +393,17 @@ fn sum<'a, const D: usize, X: Input>(
                     y = y + if w == 1.0 { d } else { d * w };
                 }
             }
-            Strength::Rows(rows) => {
-                if let Some(d) = delta(adapter, &x.rows(rows), &y0.clone().select(0, rows.clone()))
-                {
-                    let update = burn::tensor::IndexingUpdateOp::Add;
-                    y = y.select_assign(0, rows.clone(), d, update);
-                }
+            Strength::Rows(own) => {
+                let Some(d) = delta(adapter, &x.rows(own), &y0.rows(own)) else { continue };
+                rows.push(own.clone());
+                parts.push(d);
             }
         }
     }
-    y
+    match parts.is_empty() {
+        true => y,
+        false => {
+            y.select_assign(0, Tensor::cat(rows, 0), Tensor::cat(parts, 0), IndexingUpdateOp::Add)
+        }
+    }
 }

@@ -83,14 +83,14 @@ impl Job<'_> {
             "seed": self.seed,
             "row": row,
             "training": self.training,
-            "model": desk.model.display().to_string(),
+            "model": super::name(&desk.model),
             "data": desk.sums,
             "threads": desk.threads,
         })
     }
 
     /// A name for the run's files: who, what, and a sum of the settings.
-    fn stem(&self, desk: &Desk) -> String {
+    pub(super) fn stem(&self, desk: &Desk) -> String {
         let sum = Sha256::digest(self.settings(desk).to_string().as_bytes());
         let sum: String = sum.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
         format!("{}-{}-seed-{}-{sum}", self.row.name, self.side.name(), self.seed)
@@ -311,12 +311,12 @@ fn tensor_bytes(adapter: &Path) -> Result<u64, Failure> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::compare::recipe::Recipe;
     use safetensors::{Dtype, serialize_to_file, tensor::TensorView};
 
-    fn desk_at(output: &Path) -> Desk {
+    pub(in crate::compare) fn desk_at(output: &Path) -> Desk {
         Desk {
             program: "burn-peft".into(),
             python: None,

@@ -34,6 +34,8 @@ pub(super) struct Head {
     pub(super) threads: usize,
     pub(super) against: bool,
     pub(super) timed: bool,
+    /// Of a table made of the record: how its runs were made, and the name of its picture.
+    pub(super) published: Option<[String; 2]>,
 }
 
 /// Mean and, of two numbers or more, the standard deviation of a sample.
@@ -165,8 +167,13 @@ const THEIRS: &[Column] = &[
 pub(super) fn markdown(head: &Head, lines: &[Line<'_>]) -> String {
     let steps = Steps::of(head, lines);
     let columns = OWN.iter().chain(if head.against { THEIRS } else { &[] });
-    let columns: Vec<&Column> =
-        columns.filter(|(name, _)| head.task.has_sentences() || *name != "forgetting").collect();
+    // Times of several machines do not stand beside each other; their ratios do.
+    let told = |name: &str| match name {
+        "forgetting" => head.task.has_sentences(),
+        "step" => head.published.is_none(),
+        _ => true,
+    };
+    let columns: Vec<&Column> = columns.filter(|(name, _)| told(name)).collect();
     let mut text = introduction(head);
     for block in lines.chunk_by(|one, other| one.row.family == other.row.family) {
         let block: Vec<_> = block.iter().filter(|line| line.begun()).collect();
@@ -179,7 +186,7 @@ pub(super) fn markdown(head: &Head, lines: &[Line<'_>]) -> String {
             let _ = writeln!(text, "| {} |", cells.join(" | "));
         }
     }
-    text + &verdicts(head.against, lines, &steps)
+    text + &verdicts(head, lines, &steps)
 }
 
 fn introduction(head: &Head) -> String {
@@ -190,13 +197,16 @@ fn introduction(head: &Head) -> String {
         "# Methods, compared\n\n{taught}: {} is trained for {} steps of {} {things} and asked about {} others. \
          Seeds: {seeds}; numbers are their means, with the standard deviation. Threads: {}.\n\n\
          accuracy: % of the held-out {things}. trained: parameters, those of the head among \
-         them. adapter: `adapter_model.safetensors`. step: mean time of an optimizer step. memory: the training \
-         process's largest.",
+         them. adapter: `adapter_model.safetensors`.{} memory: the training process's largest.",
         head.model,
         of("max_steps"),
         of("per_device_train_batch_size"),
         grouped(head.held_out as f64),
         head.threads,
+        match head.published {
+            Some(_) => " × LoRA: mean time of an optimizer step over LoRA's.",
+            None => " step: mean time of an optimizer step.",
+        },
     );
     if head.task.has_sentences() {
         text += " forgetting: 1 less the cosine of neutral sentences' embeddings before and after.";
@@ -209,15 +219,18 @@ fn introduction(head: &Head) -> String {
                  trained with the same settings on the same batches, turn by turn.";
     }
     text.push('\n');
+    if let Some([note, picture]) = &head.published {
+        let _ = write!(text, "\n{note}\n\n![accuracy over trained parameters]({picture})\n");
+    }
     text
 }
 
 /// What the columns say all in all, and what went wrong.
-fn verdicts(against: bool, lines: &[Line<'_>], steps: &Steps) -> String {
+fn verdicts(head: &Head, lines: &[Line<'_>], steps: &Steps) -> String {
     let mut text = String::new();
     let apart = lines.iter().filter_map(|line| Some((line, difference(line)?)));
     let far = apart.max_by(|a, b| a.1.abs().total_cmp(&b.1.abs()));
-    if let Some((line, points)) = far.filter(|_| against) {
+    if let Some((line, points)) = far.filter(|_| head.against) {
         let name = &line.row.name;
         let _ = write!(
             text,
@@ -237,7 +250,9 @@ fn verdicts(against: bool, lines: &[Line<'_>], steps: &Steps) -> String {
         .flat_map(|line| line.ours.iter().chain(&line.python))
         .map(|(_, run)| run.seconds)
         .sum();
-    let _ = write!(text, "\nAll runs together took {}.\n", duration(spent));
+    if head.published.is_none() {
+        let _ = write!(text, "\nAll runs together took {}.\n", duration(spent));
+    }
     let failed = lines.iter().flat_map(|line| line.failures.iter().map(move |f| (line, f)));
     let failed: Vec<_> = failed
         .map(|(line, (seed, side, why))| {
@@ -307,6 +322,7 @@ pub(super) mod tests {
             threads: 2,
             against,
             timed: false,
+            published: None,
         }
     }
 
@@ -364,6 +380,28 @@ pub(super) mod tests {
         for expected in ["| 600 ms | 1.20 |", "| 75.0 |  |  | 1.25 GB |", "LoRA's before each"] {
             assert!(text.contains(expected), "{expected} is not in\n{text}");
         }
+    }
+
+    #[test]
+    fn a_published_table_says_how_it_was_run_and_no_times_but_ratios() {
+        let recipe = Recipe::sentiment().expect("is a recipe");
+        let line = Line {
+            row: &recipe.rows[1],
+            ours: vec![(1, measured(0.75, 0.4))],
+            python: vec![(1, measured(0.76, 0.4))],
+            times: vec![Times { own: 0.6, lora: 0.5 }],
+            failures: vec![],
+        };
+        let published = Some(["Run by hand.".into(), "compare.svg".into()]);
+        let text = markdown(&Head { timed: true, published, ..head(true) }, &[line]);
+        for expected in [
+            "\nRun by hand.\n\n![accuracy over trained parameters](compare.svg)\n",
+            "| method | trained | adapter | accuracy | × LoRA | memory |",
+            "| 75.0 | 1.20 | 1.25 GB | 0.012 | 76.0 | -1.0 | 1.25 GB | 0.012 |\n",
+        ] {
+            assert!(text.contains(expected), "{expected} is not in\n{text}");
+        }
+        assert!(!text.contains("ms |") && !text.contains("together took"), "{text}");
     }
 
     #[test]

@@ -22,24 +22,33 @@ pub(super) fn take(
     steps: Option<usize>,
     desk: &Desk,
 ) -> Result<Times, Failure> {
-    let steps = steps.or(job.row.timed_steps).unwrap_or(STEPS);
+    let steps = steps.or(job.row.timed_steps);
     let (job, lora) = (short(job, steps), short(lora, steps));
-    let file = job.file(desk, "times.json");
-    match std::fs::read_to_string(&file) {
-        Ok(text) => {
-            return serde_json::from_str(&text)
-                .map_err(|e| Failure::at(&file, format!("{e}; delete it to time anew")));
-        }
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-        Err(e) => return Err(Failure::at(&file, e)),
+    if let Some(times) = finished(&job, desk)? {
+        return Ok(times);
     }
     let lora = lora.step_seconds(desk)?;
     let times = Times { own: job.step_seconds(desk)?, lora };
+    let file = job.file(desk, "times.json");
     crate::places::write(&file, format!("{:#}\n", json!(times)).as_bytes())?;
     Ok(times)
 }
 
-fn short<'r>(job: &Job<'r>, steps: usize) -> Job<'r> {
+/// What an earlier call took of a job that is short already.
+pub(super) fn finished(job: &Job<'_>, desk: &Desk) -> Result<Option<Times>, Failure> {
+    let file = job.file(desk, "times.json");
+    match std::fs::read_to_string(&file) {
+        Ok(text) => serde_json::from_str(&text)
+            .map(Some)
+            .map_err(|e| Failure::at(&file, format!("{e}; delete it to time anew"))),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Failure::at(&file, e)),
+    }
+}
+
+/// The job with so many steps, or as many as its row's timing takes.
+pub(super) fn short<'r>(job: &Job<'r>, steps: Option<usize>) -> Job<'r> {
+    let steps = steps.or(job.row.timed_steps).unwrap_or(STEPS);
     let mut training = job.training.clone();
     training.insert("max_steps".into(), steps.into());
     Job { row: job.row, training, seed: job.seed, side: Side::Ours }
