@@ -2,6 +2,7 @@
 
 mod case;
 mod flops;
+mod growth;
 mod picture;
 mod run;
 mod table;
@@ -25,17 +26,22 @@ enum Against {
 #[command(
     after_help = "Without --against: two blocks, a LoRA step through the scope and through Burn's apply_lora.
 With it: the cases of xtask/bench/cases.json on both sides, in one run; bench.md, bench.json and bench.svg in the
-output folder. Models are made, or downloaded, once and kept in the cache.
+output folder. With --growth: ours alone, by tokens, rank and loaded adapters; growth.md, growth.json and growth.svg.
+Models are made, or downloaded, once and kept in the cache.
 
 Examples:
   cargo xtask bench
   cargo xtask bench --against peft
-  cargo xtask bench --against peft --cases minilm,bert-base --measures lora,full --rounds 5"
+  cargo xtask bench --against peft --cases minilm,bert-base --measures lora,full --rounds 5
+  cargo xtask bench --growth"
 )]
 pub(crate) struct BenchArgs {
     /// Measure with this library too, turn by turn
     #[arg(long, value_enum)]
     against: Option<Against>,
+    /// Follow our cost as tokens, rank and the number of loaded adapters grow
+    #[arg(long, conflicts_with_all = ["against", "cases", "measures"])]
+    growth: bool,
     /// What is measured [default: all of xtask/bench/cases.json]
     #[arg(long, value_delimiter = ',', value_name = "NAME,...", requires = "against")]
     cases: Vec<String>,
@@ -43,19 +49,19 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_enum, value_delimiter = ',', value_name = "NAME,...", requires = "against")]
     measures: Vec<Measure>,
     /// A process each for every measure and side; the table has the medians
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..), requires = "against")]
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..))]
     rounds: u8,
     /// Steps of a process that count [default: the case's]
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..), requires = "against")]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     steps: Option<u16>,
     /// Threads of each side [default: all cores]
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..), requires = "against")]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
     /// Where table, picture and logs go [default: bench-output in the repository]
-    #[arg(long, value_name = "DIR", requires = "against")]
+    #[arg(long, value_name = "DIR")]
     output_dir: Option<PathBuf>,
     /// The example `measure` of benches/, in place of building it
-    #[arg(long, value_name = "FILE", requires = "against")]
+    #[arg(long, value_name = "FILE")]
     program: Option<PathBuf>,
     /// Passed on to the benchmarks, without --against
     #[arg(last = true)]
@@ -66,6 +72,10 @@ pub(crate) struct BenchArgs {
 pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     if let Some(Against::Peft) = args.against {
         return beside_peft(args);
+    }
+    if args.growth {
+        let cases = Cases::read()?;
+        return growth::run(&prepare(args, &cases)?, &cases, usize::from(args.rounds));
     }
     // The profile that the tests use, so that Burn is not compiled once more.
     let bench = ["bench", "--workspace", "--profile", "dev", "--bench", "factored", "--"];
@@ -188,7 +198,12 @@ fn report(output: &Path, head: &Head, rows: &[Row<'_>]) -> Result<(), Failure> {
 
 /// Everything that a measurement needs.
 fn prepare(args: &BenchArgs, cases: &Cases) -> Result<Desk, Failure> {
-    let python = (python::with_peft()?, places::root().join("interop/bench.py"));
+    let python = match args.against {
+        Some(Against::Peft) => {
+            Some((python::with_peft()?, places::root().join("interop/bench.py")))
+        }
+        None => None,
+    };
     let output = args.output_dir.clone().unwrap_or_else(|| places::root().join("bench-output"));
     places::make(&output.join("logs"))?;
     let program = match &args.program {

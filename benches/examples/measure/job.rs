@@ -27,6 +27,8 @@ pub(crate) enum What {
     Generate,
     /// The loss of a batch whose rows have adapters of their own.
     Mixed,
+    /// The loss of a batch under one of all adapters, which are loaded.
+    Loaded,
 }
 
 /// A measurement.

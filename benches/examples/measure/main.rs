@@ -21,6 +21,7 @@ fn measured<B: Peer>(job: &Job) -> Result<Measured, Failed> {
         What::Full => trained::full::<B>(job),
         What::Generate => steps::generate::<B>(job),
         What::Mixed => steps::mixed::<B>(job),
+        What::Loaded => steps::loaded::<B>(job),
     }
 }
 

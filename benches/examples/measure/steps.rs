@@ -90,14 +90,35 @@ pub(crate) fn forward<B: Peer>(job: &Job) -> Result<Measured, Failed> {
     Ok(Measured { losses, ..measured })
 }
 
-pub(crate) fn mixed<B: Peer>(job: &Job) -> Result<Measured, Failed> {
-    let device = Device::flex();
-    let (model, sites) = base::<B>(job, &device)?;
+/// All adapters of the job, under their numbers.
+fn bank(
+    job: &Job,
+    sites: &Sites,
+    device: &Device,
+) -> Result<(Bank<LoraAdapter>, Vec<String>), Failed> {
     let mut bank = Bank::new();
     let names: Vec<String> = (0..job.adapters.len()).map(|number| number.to_string()).collect();
     for (number, name) in names.iter().enumerate() {
-        bank.insert(name, adapter(job, number, &sites, &device)?);
+        bank.insert(name, adapter(job, number, sites, device)?);
     }
+    Ok((bank, names))
+}
+
+pub(crate) fn loaded<B: Peer>(job: &Job) -> Result<Measured, Failed> {
+    let device = Device::flex();
+    let (model, sites) = base::<B>(job, &device)?;
+    let (bank, names) = bank(job, &sites, &device)?;
+    let batch = B::batch(job);
+    let chosen = bank.only(names.last().ok_or("has no adapters")?)?;
+    let cx = Scope::new(&chosen);
+    let (measured, losses) = timed(job, |_| Ok(measure(&model, &batch, &device, &cx).loss))?;
+    Ok(Measured { losses, ..measured })
+}
+
+pub(crate) fn mixed<B: Peer>(job: &Job) -> Result<Measured, Failed> {
+    let device = Device::flex();
+    let (model, sites) = base::<B>(job, &device)?;
+    let (bank, names) = bank(job, &sites, &device)?;
     let batch = B::batch(job);
     let by_row: Vec<&str> =
         (0..job.rows.len()).map(|row| names[row % names.len()].as_str()).collect();

@@ -16,6 +16,7 @@ const MADE: u32 = 1;
 #[serde(deny_unknown_fields)]
 pub(super) struct Cases {
     pub(super) settings: Settings,
+    pub(super) growth: Growth,
     pub(super) cases: Vec<Case>,
 }
 
@@ -36,6 +37,32 @@ pub(super) struct Settings {
     /// Tokens of a text that is continued, and how many follow.
     pub(super) prompt: usize,
     pub(super) new_tokens: usize,
+}
+
+/// Along what a step's cost is followed.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Growth {
+    /// Tokens of the one row of a training step.
+    pub(super) tokens: Series,
+    /// Rank of the adapter that is trained.
+    pub(super) rank: Series,
+    /// Adapters in the bank that one is chosen from for a forward pass.
+    pub(super) loaded: Series,
+}
+
+/// A case at several sizes.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Series {
+    /// Name of the case.
+    pub(super) case: String,
+    /// Its blocks, if not all.
+    #[serde(default)]
+    pub(super) layers: Option<usize>,
+    pub(super) at: Vec<usize>,
+    /// Steps of a process that count.
+    pub(super) steps: usize,
 }
 
 /// A model and a batch.
@@ -75,6 +102,20 @@ impl Cases {
         }
         let asked = |case: &&Case| names.is_empty() || names.contains(&case.name);
         Ok(self.cases.iter().filter(asked).collect())
+    }
+}
+
+impl Series {
+    /// The case with the series' blocks and steps.
+    pub(super) fn of(&self, cases: &Cases) -> Result<Case, Failure> {
+        let names = [self.case.clone()];
+        let mut case = cases.select(&names)?.remove(0).clone();
+        case.steps = self.steps;
+        if let (Some(layers), Some(config)) = (self.layers, &mut case.config) {
+            config["num_hidden_layers"] = layers.into();
+            case.name = format!("{}-{layers}-layers", case.name);
+        }
+        Ok(case)
     }
 }
 

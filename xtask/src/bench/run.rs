@@ -98,10 +98,11 @@ pub(super) struct Measured {
 }
 
 /// What all processes share.
+#[derive(Clone)]
 pub(super) struct Desk {
     pub(super) program: PathBuf,
-    /// A Python with `peft`, and the script for it.
-    pub(super) python: (PathBuf, PathBuf),
+    /// A Python with `peft`, and the script for it, where there are two sides.
+    pub(super) python: Option<(PathBuf, PathBuf)>,
     pub(super) settings: Settings,
     pub(super) steps: Option<usize>,
     pub(super) threads: usize,
@@ -127,6 +128,8 @@ struct Asked<'a> {
     rows: Vec<Vec<usize>>,
     steps: usize,
     products: Vec<[usize; 3]>,
+    /// How many adapters it is told of: those that there are, again and again.
+    adapters: usize,
 }
 
 impl Desk {
@@ -156,6 +159,7 @@ impl Desk {
                 rows: Vec::new(),
                 steps: 0,
                 products: Vec::new(),
+                adapters: self.settings.adapters,
             };
             self.process(Side::Ours, &case.name, 0, part.path(), &case.target_modules, asked)?;
             match fs::rename(part.path(), &folder) {
@@ -185,6 +189,7 @@ impl Desk {
             rows: Vec::new(),
             steps: 5,
             products: made.shape.products(tokens),
+            adapters: self.settings.adapters,
         };
         let targets = &case.target_modules;
         let found = self.process(side, &case.name, round, &made.folder, targets, asked)?.rate;
@@ -206,8 +211,30 @@ impl Desk {
             rows: Case::rows(&case.lengths(measure, &self.settings), made.shape.vocab),
             steps: self.steps.unwrap_or(case.steps),
             products: Vec::new(),
+            adapters: self.settings.adapters,
         };
         self.process(side, &case.name, round, &made.folder, &case.target_modules, asked)
+    }
+
+    /// Ours alone, on rows of these lengths: a training step of LoRA, or a forward pass under one of so many
+    /// adapters that are loaded.
+    pub(super) fn grown(
+        &self,
+        case: &Case,
+        made: &Made,
+        lengths: &[usize],
+        loaded: Option<usize>,
+        round: usize,
+    ) -> Result<Measured, Failure> {
+        let asked = Asked {
+            what: if loaded.is_some() { "loaded" } else { Measure::Lora.name() },
+            source: None,
+            rows: Case::rows(lengths, made.shape.vocab),
+            steps: self.steps.unwrap_or(case.steps),
+            products: Vec::new(),
+            adapters: loaded.unwrap_or(self.settings.adapters),
+        };
+        self.process(Side::Ours, &case.name, round, &made.folder, &case.target_modules, asked)
     }
 
     fn process(
@@ -219,7 +246,7 @@ impl Desk {
         target_modules: &[String],
         asked: Asked<'_>,
     ) -> Result<Measured, Failure> {
-        let Asked { what, source, rows, steps, products } = asked;
+        let Asked { what, source, rows, steps, products, adapters } = asked;
         let fresh = tempfile::tempdir_in(&self.output);
         let fresh = fresh.map_err(|e| Failure::at(&self.output, e))?;
         let [job, told, folder] =
@@ -229,13 +256,15 @@ impl Desk {
         let log = self.output.join("logs").join(log);
         fs::write(&log, b"").map_err(|e| Failure::at(&log, e))?;
         let set = &self.settings;
-        let adapters: Vec<PathBuf> =
-            (0..set.adapters).map(|number| made.join(format!("adapter-{number}"))).collect();
+        let number = |index: usize| made.join(format!("adapter-{}", index % set.adapters));
+        let adapters: Vec<PathBuf> = (0..adapters).map(number).collect();
         let labels: Vec<usize> = (0..rows.len()).map(|row| row % 2).collect();
         let mut command = match side {
             Side::Peft => {
-                let mut command = Command::new(&self.python.0);
-                command.arg(&self.python.1);
+                let none = || Failure::new("there is no Python to measure with");
+                let (python, script) = self.python.as_ref().ok_or_else(none)?;
+                let mut command = Command::new(python);
+                command.arg(script);
                 command
             }
             _ => Command::new(&self.program),

@@ -109,7 +109,7 @@ fn significant(x: f64) -> String {
     format!("{x:.decimals$}")
 }
 
-fn seconds(s: f64) -> String {
+pub(super) fn seconds(s: f64) -> String {
     match s {
         s if s < 1e-3 => format!("{} µs", significant(1e6 * s)),
         s if s < 1.0 => format!("{} ms", significant(1e3 * s)),
@@ -117,7 +117,7 @@ fn seconds(s: f64) -> String {
     }
 }
 
-fn bytes(b: f64) -> String {
+pub(super) fn bytes(b: f64) -> String {
     match b {
         b if b < 1e6 => format!("{} kB", significant(b / 1e3)),
         b if b < 1e9 => format!("{} MB", significant(b / 1e6)),
