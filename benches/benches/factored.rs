@@ -1,13 +1,15 @@
 //! A LoRA step through the scope (factored) against Burn's own `apply_lora` (dense on every read),
-//! over the same blocks: `cargo xtask bench`.
+//! over the same blocks, and over Burn's own blocks of the same shape: `cargo xtask bench`.
 //!
 //! Two blocks of BERT-base's and of a Llama's shape, width 768, 4 rows of 128 tokens, rank 8 on
-//! every linear layer, on flex. Time is criterion's median; memory is the peak of a process of its
+//! every linear layer, on flex. Our blocks have fused kernels, which `apply_lora` over them has the use of;
+//! `burn::nn`'s encoder, which there is of BERT's shape, is what one has without this library. Time is criterion's median; memory is the peak of a process of its
 //! own that makes three steps, weights counted in, so that both ratios are of one run.
 
 use burn::module::{Lora as BuiltIn, Module, ParamGroup};
+use burn::nn::transformer::{TransformerEncoderConfig, TransformerEncoderInput};
 use burn::optim::GradientsParams;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Distribution, Tensor};
 use burn_peft_core::{Adapters, Scope, Sites, Targets, adapt};
 use burn_peft_models::{BertForSequenceClassification, LlamaForCausalLM, Pretrained, Tokens};
 use burn_peft_reparam::{Lora, LoraAdapter};
@@ -24,7 +26,14 @@ const RANK: usize = 8;
 /// Names the step that a process of its own makes.
 const STEP: &str = "BURN_PEFT_BENCH_STEP";
 const BLOCKS: [&str; 2] = ["bert", "llama"];
-const WAYS: [&str; 2] = ["apply_lora", "factored"];
+
+/// Whose step is measured, the last being what the others are held against.
+fn ways(blocks: &str) -> &'static [&'static str] {
+    match blocks {
+        "bert" => &["burn", "apply_lora", "factored"],
+        _ => &["apply_lora", "factored"],
+    }
+}
 
 /// A model that turns tokens into hidden states.
 trait Blocks: Pretrained {
@@ -96,6 +105,22 @@ fn built_in<M: Blocks>() -> impl FnMut() -> GradientsParams {
     move || gradients(model.hidden_states(&tokens, &Scope::plain()), &model, count)
 }
 
+/// What one has without this library: Burn's encoder and Burn's LoRA.
+fn burn_alone() -> impl FnMut() -> GradientsParams {
+    const LINEARS: [&str; 6] = ["query", "key", "value", "output", "linear_inner", "linear_outer"];
+    const LAYERS: usize = 2;
+    let device = Device::flex().autodiff();
+    let config = TransformerEncoderConfig::new(WIDTH, 4 * WIDTH, 12, LAYERS);
+    let model = config.with_dropout(0.0).init(&device);
+    let names = LINEARS.iter().map(|name| format!("{name}.weight")).collect();
+    let group = ParamGroup::from_any_predicates(names);
+    let model = model.apply_lora(BuiltIn::new(RANK, 16.0).set_param_group(group));
+    let x = Tensor::<3>::random([BATCH, SEQ, WIDTH], Distribution::Default, &Device::flex());
+    let count = 2 * LINEARS.len() * LAYERS;
+    let input = move || TransformerEncoderInput::new(Tensor::from_inner(x.clone()));
+    move || gradients(model.forward(input()), &model, count)
+}
+
 fn targets<M: Blocks>() -> Lora {
     Lora::new(RANK, 16.0, Targets::list(M::LINEARS.iter().copied()))
 }
@@ -122,6 +147,7 @@ fn factored<M: Blocks>() -> impl FnMut() -> GradientsParams {
 /// The step of that name, ready to be made.
 fn step(name: &str) -> Box<dyn FnMut() -> GradientsParams> {
     match name {
+        "bert/burn" => Box::new(burn_alone()),
         "bert/apply_lora" => Box::new(built_in::<BertForSequenceClassification>()),
         "bert/factored" => Box::new(factored::<BertForSequenceClassification>()),
         "llama/apply_lora" => Box::new(built_in::<LlamaForCausalLM>()),
@@ -177,31 +203,35 @@ fn main() {
     for blocks in BLOCKS {
         let mut group = criterion.benchmark_group(blocks);
         group.sampling_mode(SamplingMode::Flat);
-        for way in WAYS {
+        for way in ways(blocks) {
             let mut step = step(&format!("{blocks}/{way}"));
-            group.bench_function(way, |bencher| bencher.iter(&mut step));
+            group.bench_function(*way, |bencher| bencher.iter(&mut step));
         }
         group.finish();
     }
     criterion.final_summary();
     println!(
-        "{:<8}{:>14}{:>14}{:>10}{:>16}{:>16}{:>8}",
-        "blocks", "apply_lora", "factored", "speedup", "apply_lora", "factored", "memory"
+        "{:<8}{:<12}{:>11}{:>10}{:>14}{:>10}",
+        "blocks", "way", "step", "factored", "peak memory", "factored"
     );
     for blocks in BLOCKS {
-        let names = WAYS.map(|way| format!("{blocks}/{way}"));
-        let times = names.each_ref().map(|name| time(folder.path(), name));
-        let peaks = names.each_ref().map(|name| memory(name));
-        let (Some(dense), Some(low)) = (times[0], times[1]) else {
-            println!("{blocks:<8} was not measured");
-            continue;
+        let measured = |way: &&str| {
+            let name = format!("{blocks}/{way}");
+            (time(folder.path(), &name), memory(&name).filter(|bytes| *bytes > 0.0))
         };
-        print!("{blocks:<8}{:>11.0} ms{:>11.0} ms{:>9.2}x", 1e3 * dense, 1e3 * low, dense / low);
-        match (peaks[0], peaks[1]) {
-            (Some(dense), Some(low)) if dense > 0.0 => {
-                println!("{:>13.0} MB{:>13.0} MB{:>8.2}", dense / 1e6, low / 1e6, low / dense);
-            }
-            _ => println!("   memory is measured on Linux only"),
+        let found: Vec<_> = ways(blocks).iter().map(measured).collect();
+        let (own_time, own_memory) = found.last().copied().unwrap_or_default();
+        for (way, (time, memory)) in ways(blocks).iter().zip(found) {
+            let told = |of: Option<f64>, own: Option<f64>, unit: f64, name: &str| match of {
+                Some(of) => {
+                    let faster = own.map_or_else(String::new, |own| format!("{:.2}x", of / own));
+                    (format!("{:.0} {name}", unit * of), faster)
+                }
+                None => ("not known".to_owned(), String::new()),
+            };
+            let (step, faster) = told(time, own_time, 1e3, "ms");
+            let (peak, smaller) = told(memory, own_memory, 1e-6, "MB");
+            println!("{blocks:<8}{way:<12}{step:>11}{faster:>10}{peak:>14}{smaller:>10}");
         }
     }
 }

@@ -400,10 +400,13 @@ fn sum<'a, const D: usize, X: Input>(
             }
         }
     }
-    match parts.is_empty() {
-        true => y,
-        false => {
-            y.select_assign(0, Tensor::cat(rows, 0), Tensor::cat(parts, 0), IndexingUpdateOp::Add)
-        }
+    if parts.is_empty() {
+        return y;
     }
+    drop(y0); // so that `y` is updated where it lies
+    let dims = y.dims();
+    // As a matrix: backends are slow at the same thing on more axes.
+    let flat = |t: Tensor<D>| t.flatten::<2>(1, D - 1);
+    let (rows, parts) = (Tensor::cat(rows, 0), flat(Tensor::cat(parts, 0)));
+    flat(y).select_assign(0, rows, parts, IndexingUpdateOp::Add).reshape(dims)
 }
