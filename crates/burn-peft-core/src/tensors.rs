@@ -1,4 +1,4 @@
-//! Safetensors files: mapped for reading, atomic for writing, every refusal naming its tensor.
+//! Safetensors files: read a tensor at a time, atomic for writing, every refusal naming its tensor.
 
 use crate::Error;
 use burn::tensor::{DType, Device, Tensor, TensorData};
@@ -6,7 +6,7 @@ use memmap2::Mmap;
 use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -18,29 +18,41 @@ struct Entry {
     range: Range<usize>,
 }
 
-/// One safetensors file or the shards of one model, mapped into memory. Reading takes a tensor
-/// out, so that what is left over can be told.
+/// One safetensors file or the shards of one model. Reading takes a tensor out, so that what is left over
+/// can be told, and holds no other: loading peaks at little more than what it makes.
 #[derive(Debug)]
 pub struct TensorFile {
-    shards: Vec<(PathBuf, Mmap)>,
+    shards: Vec<(PathBuf, File)>,
     entries: BTreeMap<String, Entry>,
 }
 
-fn map_file(path: &Path) -> Result<Mmap, Error> {
-    let file = File::open(path).map_err(|e| Error::io(path, e))?;
+/// What the header says of the file's tensors, checked against its size. Only the header's pages are touched.
+fn entries(path: &Path, file: &File, shard: usize) -> Result<Vec<(String, Entry)>, Error> {
     let size = file.metadata().map_err(|e| Error::io(path, e))?.len();
     if size == 0 {
         return Err(Error::format(path, "is empty; expected a safetensors file"));
     }
-    // SAFETY: the map is private to this process and only read. As with every mapped file, another
-    // process that truncates it while it is read would crash this one; model files are not edited
-    // in place, and writes of ours replace files whole.
+    // SAFETY: the map is private to this process, only read, and gone when this function returns. Another
+    // process that truncates the file meanwhile would crash this one; model files are not edited in
+    // place, and writes of ours replace files whole.
     #[allow(unsafe_code)]
-    unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))
+    let map = unsafe { Mmap::map(file) }.map_err(|e| Error::io(path, e))?;
+    let view = SafeTensors::deserialize(&map).map_err(|e: SafeTensorError| {
+        let reason = format!("is not a whole safetensors file ({e}); copy or download it again");
+        Error::format(path, reason)
+    })?;
+    let base = map.as_ptr() as usize;
+    let entry = |(name, tensor): (&str, TensorView<'_>)| {
+        let start = tensor.data().as_ptr() as usize - base;
+        let range = start..start + tensor.data().len();
+        let (dtype, shape) = (tensor.dtype(), tensor.shape().to_vec());
+        (name.to_owned(), Entry { shard, dtype, shape, range })
+    };
+    Ok(view.iter().map(entry).collect())
 }
 
 impl TensorFile {
-    /// Maps one file.
+    /// Opens one file.
     ///
     /// # Errors
     /// A missing, empty or truncated file, or a header that lies about it.
@@ -48,40 +60,22 @@ impl TensorFile {
         Self::open_shards([path.into()])
     }
 
-    /// Maps the shards of one model.
+    /// Opens the shards of one model.
     ///
     /// # Errors
     /// As [`TensorFile::open`]; or a tensor that stands in two shards.
     pub fn open_shards(paths: impl IntoIterator<Item = PathBuf>) -> Result<Self, Error> {
         let mut file = Self { shards: Vec::new(), entries: BTreeMap::new() };
         for path in paths {
-            let map = map_file(&path)?;
-            let shard = file.shards.len();
-            {
-                let refuse = |e: SafeTensorError| {
-                    Error::format(
-                        &path,
-                        format!("is not a whole safetensors file ({e}); copy or download it again"),
-                    )
-                };
-                // Checks the header's length, offsets and shapes against the file's size.
-                let view = SafeTensors::deserialize(&map).map_err(refuse)?;
-                let base = map.as_ptr() as usize;
-                for (name, tensor) in view.iter() {
-                    let start = tensor.data().as_ptr() as usize - base;
-                    let entry = Entry {
-                        shard,
-                        dtype: tensor.dtype(),
-                        shape: tensor.shape().to_vec(),
-                        range: start..start + tensor.data().len(),
-                    };
-                    if file.entries.insert(name.to_owned(), entry).is_some() {
-                        let twice = format!("tensor `{name}` stands in an earlier shard too");
-                        return Err(Error::format(&path, twice));
-                    }
+            let opened = File::open(&path).map_err(|e| Error::io(&path, e))?;
+            for (name, entry) in entries(&path, &opened, file.shards.len())? {
+                if file.entries.contains_key(&name) {
+                    let twice = format!("tensor `{name}` stands in an earlier shard too");
+                    return Err(Error::format(&path, twice));
                 }
+                file.entries.insert(name, entry);
             }
-            file.shards.push((path, map));
+            file.shards.push((path, opened));
         }
         Ok(file)
     }
@@ -122,6 +116,15 @@ impl TensorFile {
         self.entries = entries.into_iter().map(|(old, entry)| (name(&old), entry)).collect();
     }
 
+    /// The bytes of a tensor.
+    fn read(&self, entry: &Entry) -> Result<Vec<u8>, Error> {
+        let (path, mut file) = (&self.shards[entry.shard].0, &self.shards[entry.shard].1);
+        let mut bytes = vec![0; entry.range.len()];
+        let read = file.seek(SeekFrom::Start(entry.range.start as u64));
+        read.and_then(|_| file.read_exact(&mut bytes)).map_err(|e| Error::io(path, e))?;
+        Ok(bytes)
+    }
+
     fn float_dtype(name: &str, dtype: Dtype) -> Result<DType, Error> {
         match dtype {
             Dtype::F32 => Ok(DType::F32),
@@ -139,7 +142,7 @@ impl TensorFile {
     /// Takes a float tensor out, in the type that the file has.
     ///
     /// # Errors
-    /// A missing tensor or one that does not hold floats.
+    /// A missing tensor or one that does not hold floats; a file that cannot be read any more.
     pub fn take_data(&mut self, name: &str) -> Result<TensorData, Error> {
         let Some(entry) = self.entries.remove(name) else {
             let near = Error::no_match("file", name, "tensor", self.names());
@@ -150,7 +153,7 @@ impl TensorFile {
             ));
         };
         let dtype = Self::float_dtype(name, entry.dtype)?;
-        let bytes = self.shards[entry.shard].1[entry.range].to_vec();
+        let bytes = self.read(&entry)?;
         Ok(TensorData::from_bytes_vec(bytes, entry.shape, dtype))
     }
 
@@ -163,7 +166,7 @@ impl TensorFile {
             let held = self.names().collect::<Vec<_>>().join(", ");
             return Err(Error::tensor(name, "this tensor", format!("only: {held}")));
         };
-        let bytes = &self.shards[entry.shard].1[entry.range];
+        let bytes = self.read(&entry)?;
         let ints = match entry.dtype {
             Dtype::I64 => bytes
                 .chunks_exact(8)
