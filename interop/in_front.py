@@ -111,7 +111,9 @@ def mean_of_words(net):
 def ptp(net, model, draw):
     prompt = draw(3, HIDDEN)
     logits = behind(net, prompt.expand(inputs("bert")["input_ids"].shape[0], -1, -1))
-    return dict(peft_type="PTP", num_virtual_tokens=3, sigma=0.5), PROMPT, {"prompt_embeddings": prompt}, logits
+    config = dict(peft_type="PTP", num_virtual_tokens=3, sigma=0.5, adversarial_weight=0.7, adversarial_steps=3,
+                  adversarial_radius=0.5, adversarial_rate=0.25)
+    return config, PROMPT, {"prompt_embeddings": prompt}, logits
 
 
 def generator(draw, n, m):

@@ -16,6 +16,7 @@ const METHODS: &[&str] = &[
     "dept --method-option num_virtual_tokens=4 --method-option max_length=20 --loraplus-lr-ratio 4",
     "adaption_prompt --method-option adapter_len=4",
     "xprompt --method-option num_virtual_tokens=6 --method-option num_pieces=8",
+    "ptp --method-option num_virtual_tokens=6 --method-option adversarial_weight=0.5",
 ];
 
 fn without_targets(line: &str) -> String {
@@ -150,6 +151,27 @@ fn a_search_of_blocks_ends_in_the_file() {
     let given = format!("--method-option prompt_layers={layers} --max-steps 2 --output-dir /given");
     desk.good(&format!("{line} {given}"));
     assert_eq!(desk.json("given/adapter_config.json")["prompt_layers"], layers);
+}
+
+#[cfg(unix)]
+mod resumed {
+    use super::without_targets;
+    use crate::{CLASSIFY, LONG, interrupted};
+
+    fn check(method: &str, other: &str) {
+        let line = without_targets(&format!("{CLASSIFY} {LONG}"));
+        let line = line.replace("--lora-dropout 0.2", "");
+        interrupted(&format!("{line} --method {method}"), &format!("--method-option {other}"));
+    }
+
+    #[test]
+    fn ptp_shakes_and_pushes_words_the_same_again() {
+        check(
+            "ptp --method-option adversarial_weight=0.5 --method-option adversarial_steps=1 \
+             --method-option sigma=0.02 --method-option num_virtual_tokens=4",
+            "adversarial_rate=0.1",
+        );
+    }
 }
 
 #[test]
