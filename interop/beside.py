@@ -4,6 +4,8 @@ the terms and their gradients.
 python interop/beside.py        (with interop/requirements.txt installed)
 """
 
+import math
+
 import torch
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
@@ -65,6 +67,25 @@ def ptp():
     write("ptp", net, term, parts, delta=delta)
 
 
+def bound(prompts, v, left, right):
+    scores = (v @ right) @ (prompts @ left).T / math.sqrt(left.shape[1])
+    return cross_entropy(scores, torch.zeros(v.shape[0], dtype=torch.long))
+
+
+def infoprompt():
+    """`β·L_head + γ·L_state` with β = 0.3, γ = 0.2, scores of width 6, and 5 negatives."""
+    net, draw = base("bert"), Draw()
+    parts = leaves(net, prompt=draw(3, HIDDEN), head_words=draw(HIDDEN, 6), state_words=draw(HIDDEN, 6),
+                   head_head=draw(HIDDEN, 6), state_head=draw(HIDDEN, 6))
+    negatives = 2 * draw(5, 3, HIDDEN).mean(1)
+    prompts = torch.cat([parts["prompt"].mean(0)[None], negatives])
+    _, states = read(net, parts["prompt"])
+    head = bound(prompts, net.classifier.weight, parts["head_words"], parts["head_head"])
+    state = bound(prompts, states, parts["state_words"], parts["state_head"])
+    write("infoprompt", net, 0.3 * head + 0.2 * state, parts, negatives=negatives, head=head[None], state=state[None])
+
+
 if __name__ == "__main__":
     (ROOT / "beside").mkdir(exist_ok=True)
     ptp()
+    infoprompt()

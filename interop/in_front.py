@@ -116,6 +116,14 @@ def ptp(net, model, draw):
     return config, PROMPT, {"prompt_embeddings": prompt}, logits
 
 
+def infoprompt(net, model, draw):
+    """What is trained beside the prompt (`beside.py`) is no part of it."""
+    prompt = draw(4, HIDDEN)
+    logits = behind(net, prompt.expand(inputs("bert")["input_ids"].shape[0], -1, -1))
+    config = dict(peft_type="INFOPROMPT", num_virtual_tokens=4, beta=0.1, gamma=0.05, score_dim=8, num_negatives=5)
+    return config, PROMPT, {"prompt_embeddings": prompt}, logits
+
+
 def generator(draw, n, m):
     return {"generator_down": draw(HIDDEN, m), "generator_down_bias": draw(m), "generator_up": draw(m, n * HIDDEN),
             "generator_up_bias": draw(n * HIDDEN)}
@@ -331,7 +339,7 @@ def nothing_in_front_is_the_model():
 def write():
     nothing_in_front_is_the_model()
     shutil.rmtree(ROOT / "prompts", ignore_errors=True)
-    for method in [idpg, ptp, smop, lpt_naive, lpt_pooling, selective_search, selective_chosen]:
+    for method in [idpg, infoprompt, ptp, smop, lpt_naive, lpt_pooling, selective_search, selective_chosen]:
         case(method, "bert")
     for method in [apt, aprompt, lpt_plain, prefix_propagation, vpt]:
         for model in ["bert", "llama"]:

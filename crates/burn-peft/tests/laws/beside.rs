@@ -2,17 +2,19 @@
 //! has no weight.
 
 use crate::hf::{base, device, fixtures, floats, near, open, tokens};
-use crate::probe::{far, values};
+use crate::probe::{close, far, values};
 use burn::module::{Module, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Int, Tensor};
 use burn::train::TrainStep;
-use burn_peft::additive::{Adversary, PromptTuning, Ptp, ShakenPrompt};
-use burn_peft::core::{
-    Adapter, Adapters, Batch, Beside, Counted, Guide, Laid, Method, Overlay, Passes, Scope, Sites,
-    Strength, TensorFile, adapt,
+use burn_peft::additive::{
+    Adversary, InfoPrompt, Information, InformedPrompt, PromptTuning, Ptp, ShakenPrompt,
 };
-use burn_peft::models::{BertForSequenceClassification, Pretrained, Tokens};
+use burn_peft::core::{
+    Adapter, AdapterConfig, Adapters, Batch, Beside, Counted, Guide, Laid, Method, Overlay, Passes,
+    Scope, Sites, Strength, TensorFile, adapt, load, save,
+};
+use burn_peft::models::{BertForSequenceClassification, LlamaForCausalLM, Pretrained, Tokens};
 use burn_peft::train::data::{ClassBatch, ClassItem, class_batch};
 use burn_peft::train::{EvalFeed, Objective, Options, Part, Run, Step, StepSettings, TrainFeed};
 use burn_peft::train::{Report, Tuned};
@@ -142,6 +144,44 @@ fn the_adversarial_term_is_torchs() {
     let mut found = GradientsParams::from_grads(term.backward(), &adapters);
     head_held(&mut file, &mut found, &adapters);
     held(&mut file, &found, &[("prompt", &prompt)]);
+}
+
+#[test]
+fn the_bounds_of_information_are_torchs() {
+    let model: Bert = base("bert");
+    let mut file = open(fixtures().join("beside/infoprompt.safetensors"));
+    let mut method = with_head(InfoPrompt { beta: 0.3, gamma: 0.2, ..InfoPrompt::new(3) });
+    (method.score_dim, method.num_negatives) = (6, 5);
+    let adapters = adapt(&sites(&model), &method, 0, &device().autodiff()).expect("fits");
+    let names = ["prompt", "head_words", "state_words", "head_head", "state_head"];
+    let all = names.map(|name| parameter(&mut file, name));
+    let [prompt, head_words, state_words, head_head, state_head] = all.clone();
+    let adapters = adapters.map_layers(|path, mut adapter| {
+        let of = match path {
+            HEAD => [&head_head, &state_head],
+            _ => [&head_words, &state_words],
+        };
+        [adapter.head, adapter.state] = of.map(|of| Some(of.clone()));
+        if let Some(own) = &mut adapter.prompt {
+            own.prompt_embeddings = prompt.clone();
+        }
+        adapter
+    });
+    let passes = One::new(&model);
+    let beside = Information::of(&method, &adapters).expect("has weights");
+    let negatives = file.take_data("negatives").expect("is in the file");
+    let negatives = Tensor::<2>::from_data(negatives, &device());
+    let [head, state] = after(&passes, &adapters, &beside, |_| beside.bounds(negatives))
+        .expect("is asked")
+        .map(|bound| bound.expect("has a weight"));
+    near(&values(head.clone()), &floats(&mut file, "head"), "L_head");
+    near(&values(state.clone()), &floats(&mut file, "state"), "L_state");
+    let term = head * 0.3 + state * 0.2;
+    near(&values(term.clone()), &floats(&mut file, "term"), "term");
+    let mut found = GradientsParams::from_grads(term.backward(), &adapters);
+    head_held(&mut file, &mut found, &adapters);
+    let pairs: Vec<_> = names.into_iter().zip(&all).collect();
+    held(&mut file, &found, &pairs);
 }
 
 /// `δ` that a gradient is asked of.
@@ -292,8 +332,15 @@ fn no_weight_is_prompt_tuning() {
         let method = with_head(Ptp::adversarial(4, weight));
         learnt(&model, &method, |adapter| prompt(&adapter.prompt.prompt_embeddings))
     };
+    let info = |beta: f64, gamma: f64| {
+        let method = with_head(InfoPrompt { beta, gamma, ..InfoPrompt::new(4) });
+        learnt(&model, &method, |adapter| {
+            prompt(&adapter.prompt.as_ref().expect("is at the words").prompt_embeddings)
+        })
+    };
     assert_eq!(ptp(0.0), expected);
-    for other in [ptp(0.1), ptp(1.0)] {
+    assert_eq!(info(0.0, 0.0), expected);
+    for other in [ptp(1.0), info(0.5, 0.0), info(0.0, 0.5)] {
         assert!(far(&other, &expected) > 1e-4, "the term moves nothing");
     }
 }
@@ -349,6 +396,22 @@ fn a_model_that_does_not_ask_is_named() {
     let said = after(&deaf, &adapters, &beside, |batch| beside.term(batch));
     let said = said.expect_err("asks for no prompt").to_string();
     assert!(said.contains(WORDS) && said.contains("adversarial_weight"), "{said}");
+    let method = InfoPrompt::new(4);
+    let adapters = adapt(&sites(&model), &method, 0, &device().autodiff()).expect("fits");
+    let beside = method.beside(&adapters).expect("has weights");
+    let said = after(&deaf, &adapters, &beside, |batch| beside.term(batch));
+    let said = said.expect_err("asks for nothing").to_string();
+    assert!(said.contains(HEAD) && said.contains("beta"), "{said}");
+
+    // A model whose output is over the words it reads has no head to tell of, and one without output has none.
+    let llama: LlamaForCausalLM = base("llama");
+    let without = Sites::of(&model, None);
+    for sites in [Sites::of(&llama, Some(LlamaForCausalLM::OUTPUT)), without] {
+        let said = adapt(&sites, &method, 0, &device()).expect_err("has no head").to_string();
+        assert!(said.contains("beta") && said.contains("head"), "{said}");
+        let none = InfoPrompt { beta: 0.0, gamma: 0.0, ..InfoPrompt::new(4) };
+        assert!(adapt(&sites, &none, 0, &device()).is_ok());
+    }
     for (name, method) in [
         ("adversarial_weight", Ptp::adversarial(3, -1.0)),
         ("adversarial_steps", Ptp { adversarial_steps: 0, ..Ptp::default() }),
@@ -357,4 +420,48 @@ fn a_model_that_does_not_ask_is_named() {
     ] {
         assert!(method.check().is_err_and(|e| e.to_string().contains(name)), "{name}");
     }
+    for (name, method) in [
+        ("beta", InfoPrompt { beta: -1.0, ..InfoPrompt::default() }),
+        ("gamma", InfoPrompt { gamma: f64::INFINITY, ..InfoPrompt::default() }),
+        ("score_dim", InfoPrompt { score_dim: 0, ..InfoPrompt::default() }),
+        ("num_negatives", InfoPrompt { num_negatives: 0, ..InfoPrompt::default() }),
+    ] {
+        assert!(method.check().is_err_and(|e| e.to_string().contains(name)), "{name}");
+    }
+}
+
+/// Scores end with the training: the file is a prompt's, gives the same, and no training begins from it in silence.
+#[test]
+fn scores_are_in_no_file() {
+    let model: Bert = base("bert");
+    let (sites, passes) = (sites(&model), One::new(&model));
+    let method = with_head(InfoPrompt::new(4));
+    let adapters = adapt(&sites, &method, 2, &device().autodiff()).expect("fits");
+    let folder = tempfile::tempdir().expect("makes a folder");
+    save(folder.path(), &AdapterConfig::new(method), &sites, &adapters).expect("is written");
+    let file = open(folder.path().join("adapter_model.safetensors"));
+    let mut names: Vec<&str> = file.names().collect();
+    names.sort_unstable();
+    assert_eq!(
+        names,
+        ["base_model.classifier.bias", "base_model.classifier.weight", "prompt_embeddings"]
+    );
+    let (config, read) =
+        load::<InfoPrompt>(folder.path(), &sites, &device().autodiff()).expect("is whole");
+    let [found, expected] =
+        [&read, &adapters].map(|adapters| passes.logits(&Scope::new(&adapters.valid())));
+    close(&found, &expected, "what was read");
+    let scores = |adapters: &Adapters<InformedPrompt>| {
+        adapters.iter().filter(|(_, a)| a.head.is_some() && a.state.is_some()).count()
+    };
+    assert_eq!([scores(&adapters), scores(&read)], [2, 0]);
+    let mut tuned = part(&model, &config.method);
+    tuned.adapters = read.erased();
+    let settings = StepSettings { device: device(), max_grad_norm: 0.0, seed: 0 };
+    let tuned =
+        Tuned::new(Arc::new(model.clone()), vec![tuned.adapters], settings).guided([&tuned.guide]);
+    let batches = vec![passes.1.clone()];
+    let _ = TrainStep::step(&tuned, Step { index: 0, epoch: 0, ends_epoch: false, batches });
+    let said = tuned.failure().expect("is refused").to_string();
+    assert!(said.contains("beta") && said.contains("were read"), "{said}");
 }
