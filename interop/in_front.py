@@ -111,7 +111,17 @@ def mean_of_words(net):
 def ptp(net, model, draw):
     prompt = draw(3, HIDDEN)
     logits = behind(net, prompt.expand(inputs("bert")["input_ids"].shape[0], -1, -1))
-    return dict(peft_type="PTP", num_virtual_tokens=3, sigma=0.5), PROMPT, {"prompt_embeddings": prompt}, logits
+    config = dict(peft_type="PTP", num_virtual_tokens=3, sigma=0.5, adversarial_weight=0.7, adversarial_steps=3,
+                  adversarial_radius=0.5, adversarial_rate=0.25)
+    return config, PROMPT, {"prompt_embeddings": prompt}, logits
+
+
+def infoprompt(net, model, draw):
+    """What is trained beside the prompt (`beside.py`) is no part of it."""
+    prompt = draw(4, HIDDEN)
+    logits = behind(net, prompt.expand(inputs("bert")["input_ids"].shape[0], -1, -1))
+    config = dict(peft_type="INFOPROMPT", num_virtual_tokens=4, beta=0.1, gamma=0.05, score_dim=8, num_negatives=5)
+    return config, PROMPT, {"prompt_embeddings": prompt}, logits
 
 
 def generator(draw, n, m):
@@ -329,7 +339,7 @@ def nothing_in_front_is_the_model():
 def write():
     nothing_in_front_is_the_model()
     shutil.rmtree(ROOT / "prompts", ignore_errors=True)
-    for method in [idpg, ptp, smop, lpt_naive, lpt_pooling, selective_search, selective_chosen]:
+    for method in [idpg, infoprompt, ptp, smop, lpt_naive, lpt_pooling, selective_search, selective_chosen]:
         case(method, "bert")
     for method in [apt, aprompt, lpt_plain, prefix_propagation, vpt]:
         for model in ["bert", "llama"]:

@@ -1,6 +1,7 @@
 //! An adapter of whatever method behind one type: what is written for it is compiled once, and not once
 //! a method.
 
+use crate::policy::Made;
 use crate::{Adapter, Adapters, Guide, Hidden, Overlay, Passes, Policy, SeenTokens};
 use burn::module::{
     Content, Devices, Flag, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper,
@@ -477,8 +478,11 @@ impl<A: Adapter + Module + ModuleDisplay + 'static> Guide<A> {
     pub fn erased(self) -> Guide<AnyAdapter> {
         let policy =
             self.policy.map(|policy| Box::new(Over(policy)) as Box<dyn Policy<AnyAdapter>>);
-        let Some(penalty) = self.penalty else { return Guide { penalty: None, policy } };
-        let of = move |adapters: &Adapters<AnyAdapter>| penalty(&adapters.typed::<A>()?);
-        Guide { penalty: Some(Arc::new(of)), policy }
+        Guide { penalty: self.penalty.map(over), beside: self.beside.map(over), policy }
     }
+}
+
+/// The same of adapters that have lost their type.
+fn over<A: Module + ModuleDisplay + 'static, T: 'static>(of: Made<A, T>) -> Made<AnyAdapter, T> {
+    Arc::new(move |adapters| of(&adapters.typed::<A>()?))
 }

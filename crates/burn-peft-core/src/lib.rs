@@ -18,6 +18,7 @@
 mod adapter;
 mod adapters;
 mod bank;
+mod beside;
 mod buffer;
 mod carried;
 pub mod composed;
@@ -46,6 +47,7 @@ mod tensors;
 pub use adapter::{Adapter, Fold};
 pub use adapters::{Adapters, Folded, Folds, adapt};
 pub use bank::{BASE, Bank, Selection};
+pub use beside::{Batch, Beside};
 pub use buffer::{Buffer, Trained, trained_parameters};
 pub use carried::Carried;
 pub use copy::{Part, TrainedCopy};

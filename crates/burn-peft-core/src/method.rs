@@ -1,8 +1,8 @@
 //! What was asked for: plain data in HF PEFT's words, which checks itself and builds adapters.
 
 use crate::{
-    Adapter, Adapters, AnyAdapter, Error, Finding, Fold, Kind, PlaceTensors, Policy, Product, Site,
-    Sites, Statistic, Strictness, Targets,
+    Adapter, Adapters, AnyAdapter, Beside, Error, Finding, Fold, Kind, PlaceTensors, Policy,
+    Product, Site, Sites, Statistic, Strictness, Targets,
 };
 use burn::module::{Module, ModuleDisplay};
 use burn::tensor::{Device, Tensor, TensorData};
@@ -198,6 +198,12 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
 
     /// A term of the loss that depends on the adapters alone, `[1]`.
     fn penalty(&self, adapters: &Adapters<Self::Adapter>) -> Option<Tensor<1>> {
+        let _ = adapters;
+        None
+    }
+
+    /// What the method adds to the loss of one batch in training, where it needs the model for that.
+    fn beside(&self, adapters: &Adapters<Self::Adapter>) -> Option<Box<dyn Beside>> {
         let _ = adapters;
         None
     }

@@ -1,12 +1,13 @@
 //! What a method does around an optimizer step: a rank that is shared out anew, factors that are frozen
 //! one by one.
 
-use crate::{Adapters, Error, Method, Overlay, Passes};
+use crate::{Adapters, Beside, Error, Method, Overlay, Passes};
 use burn::module::{Module, ModuleDisplay};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor};
 use serde_json::Value as Json;
 use std::fmt;
+use std::sync::Arc;
 
 /// A method's rule for what happens between steps, with what it knows so far. Steps count from 1.
 ///
@@ -72,26 +73,32 @@ pub trait Policy<A: Module + ModuleDisplay>: Send {
     fn resume(&mut self, state: Json, device: &Device) -> Result<(), Error>;
 }
 
-type Penalty<A> = std::sync::Arc<dyn Fn(&Adapters<A>) -> Option<Tensor<1>> + Send + Sync>;
+/// Makes something of adapters as they are, if there is anything to make.
+pub(crate) type Made<A, T> = Arc<dyn Fn(&Adapters<A>) -> Option<T> + Send + Sync>;
 
 /// What a trainer needs to know of a method: what it adds to the loss, and its [`Policy`].
 pub struct Guide<A: Module + ModuleDisplay> {
     /// A term of the loss that depends on the adapters alone, `[1]`.
-    pub penalty: Option<Penalty<A>>,
+    pub penalty: Option<Made<A, Tensor<1>>>,
+    /// A term of the loss of each batch, made anew for it.
+    pub beside: Option<Made<A, Box<dyn Beside>>>,
     /// What happens between steps.
     pub policy: Option<Box<dyn Policy<A>>>,
 }
 
 impl<A: Module + ModuleDisplay> fmt::Debug for Guide<A> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (penalty, policy) = (self.penalty.is_some(), self.policy.is_some());
-        f.debug_struct("Guide").field("penalty", &penalty).field("policy", &policy).finish()
+        f.debug_struct("Guide")
+            .field("penalty", &self.penalty.is_some())
+            .field("beside", &self.beside.is_some())
+            .field("policy", &self.policy.is_some())
+            .finish()
     }
 }
 
 impl<A: Module + ModuleDisplay> Default for Guide<A> {
     fn default() -> Self {
-        Self { penalty: None, policy: None }
+        Self { penalty: None, beside: None, policy: None }
     }
 }
 
@@ -103,10 +110,14 @@ impl<A: Module + ModuleDisplay> Guide<A> {
     pub fn of<T: Method<Adapter = A>>(method: &T, adapters: &Adapters<A>) -> Result<Self, Error> {
         let penalty = method.has_penalty().then(|| {
             let method = method.clone();
-            let penalty: Penalty<A> =
-                std::sync::Arc::new(move |adapters: &Adapters<A>| method.penalty(adapters));
-            penalty
+            let of = move |adapters: &Adapters<A>| method.penalty(adapters);
+            Arc::new(of) as Made<A, Tensor<1>>
         });
-        Ok(Self { penalty, policy: method.policy(adapters)? })
+        let beside = method.beside(adapters).map(|_| {
+            let method = method.clone();
+            let of = move |adapters: &Adapters<A>| method.beside(adapters);
+            Arc::new(of) as Made<A, Box<dyn Beside>>
+        });
+        Ok(Self { penalty, beside, policy: method.policy(adapters)? })
     }
 }

@@ -254,6 +254,9 @@ impl<B: Objective> Loop<B> {
             let Ok(step) = step else { break };
             let (index, ends_epoch) = (step.index, step.ends_epoch);
             let output = learner.train_step(step);
+            if let Some(error) = learner.model().failure() {
+                return Err(error.into());
+            }
             let report = output.item;
             learner.lr_step();
             let rate = learner.lr_current().base();

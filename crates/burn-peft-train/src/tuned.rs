@@ -5,10 +5,10 @@ use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Device, ExecutionError, Int, Tensor};
 use burn::train::{InferenceStep, ItemLazy, TrainOutput, TrainStep};
-use burn_peft_core::{Adapters, AnyAdapter, Counted, Error, Guide, Scope};
+use burn_peft_core::{Adapters, AnyAdapter, Batch, Beside, Counted, Error, Guide, Passes, Scope};
 use serde::{Deserialize, Serialize};
 use std::fmt::Debug;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// The loss of a batch before it is divided by the number of targets.
 #[derive(Debug)]
@@ -60,7 +60,7 @@ pub struct Step<B> {
 /// What came out of a step or an evaluation batch.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// Mean negative log likelihood of a target.
+    /// Mean negative log likelihood of a target, without what methods add to it.
     pub loss: f64,
     /// Targets that were right.
     pub correct: usize,
@@ -126,31 +126,91 @@ pub struct Tuned<B: Objective> {
     #[module(skip)]
     settings: StepSettings,
     #[module(skip)]
-    penalties: Penalties,
+    terms: Vec<Terms>,
+    /// Why the last step could not be made, which a [`TrainStep`] has no word for.
+    #[module(skip)]
+    failure: Arc<Mutex<Option<Error>>>,
 }
 
-/// What each method adds to the loss.
-#[derive(Clone, Default)]
-struct Penalties(Vec<Option<Arc<Term>>>);
+/// What a method adds to the loss.
+#[derive(Clone)]
+struct Terms {
+    penalty: Option<Arc<Made<Tensor<1>>>>,
+    beside: Option<Arc<Made<Box<dyn Beside>>>>,
+}
 
-type Term = dyn Fn(&Adapters<AnyAdapter>) -> Option<Tensor<1>> + Send + Sync;
+type Made<T> = dyn Fn(&Adapters<AnyAdapter>) -> Option<T> + Send + Sync;
 
-impl Debug for Penalties {
+impl Debug for Terms {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_list().entries(self.0.iter().map(Option::is_some)).finish()
+        f.debug_list().entries([self.penalty.is_some(), self.beside.is_some()]).finish()
+    }
+}
+
+/// The one batch of a pass that a term asks for.
+struct One<'a, B: Objective> {
+    base: &'a B,
+    device: &'a Device,
+    batch: &'a B::Batch,
+}
+
+impl<B: Objective> Passes for One<'_, B> {
+    fn batches(&self) -> usize {
+        1
+    }
+
+    fn loss(&self, _batch: usize, cx: &Scope<'_>) -> Tensor<1> {
+        self.base.loss(self.batch, self.device, cx).sum / B::targets(self.batch).max(1) as f64
+    }
+
+    fn counted(&self, _batch: usize, targets_only: bool) -> Counted {
+        B::counted(self.batch, targets_only)
     }
 }
 
 impl<B: Objective> Tuned<B> {
     /// Lays [erased](Adapters::erased) adapters of one method or several over `base`.
     pub fn new(base: Arc<B>, adapters: Vec<Adapters<AnyAdapter>>, settings: StepSettings) -> Self {
-        Self { base, adapters, settings, penalties: Penalties::default() }
+        Self { base, adapters, settings, terms: Vec::new(), failure: Arc::default() }
     }
 
     /// With what the methods, in the order of their adapters, add to the loss of a step.
     pub fn guided<'g>(self, guides: impl IntoIterator<Item = &'g Guide<AnyAdapter>>) -> Self {
-        let penalties = guides.into_iter().map(|guide| guide.penalty.clone()).collect();
-        Self { penalties: Penalties(penalties), ..self }
+        let of = |guide: &Guide<AnyAdapter>| Terms {
+            penalty: guide.penalty.clone(),
+            beside: guide.beside.clone(),
+        };
+        Self { terms: guides.into_iter().map(of).collect(), ..self }
+    }
+
+    /// Why the last step could not be made; its gradients are then none to take a step by.
+    pub fn failure(&self) -> Option<Error> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// What methods add to the loss of `batch`, which has this `share` of the step's targets, `besides` having been over
+    /// the model in its pass.
+    fn beside(
+        &self,
+        besides: &[Box<dyn Beside>],
+        batch: &B::Batch,
+        share: f64,
+    ) -> Result<Option<Tensor<1>>, Error> {
+        if besides.is_empty() {
+            return Ok(None);
+        }
+        let passes = One { base: &*self.base, device: &self.settings.device, batch };
+        let still: Vec<_> = self.adapters.iter().map(Module::valid).collect();
+        let at = Batch::new(&passes, &self.adapters, &still);
+        let mut sum = None;
+        for beside in besides {
+            let term = beside.term(&at)? * share;
+            sum = Some(match sum {
+                Some(sum) => sum + term,
+                None => term,
+            });
+        }
+        Ok(sum)
     }
 
     /// Loss and accuracy on one batch, without gradients.
@@ -195,17 +255,29 @@ impl<B: Objective> TrainStep for Tuned<B> {
         let mut total = Report { targets: all, ..Report::default() };
         let mut accumulator = GradientsAccumulator::new();
         for batch in &step.batches {
-            let loss = self.base.loss(batch, &self.settings.device, &Scope::new(&self.adapters));
+            let made = self.terms.iter().zip(&self.adapters);
+            let made = made.filter_map(|(of, adapters)| of.beside.as_ref()?(adapters));
+            let laid = (&self.adapters, made.collect::<Vec<_>>());
+            let loss = self.base.loss(batch, &self.settings.device, &Scope::new(&laid));
             let mean = loss.sum / all.max(1) as f64;
             total.loss += f64::from(mean.clone().into_scalar::<f32>());
             total.correct += usize::try_from(loss.correct.into_scalar::<i32>()).unwrap_or(0);
             let (tokens, padded) = B::tokens(batch);
             total.tokens += tokens;
             total.padded += padded;
-            accumulator.accumulate(self, GradientsParams::from_grads(mean.backward(), self));
+            let share = B::targets(batch) as f64 / all.max(1) as f64;
+            let whole = match self.beside(&laid.1, batch, share) {
+                Ok(None) => mean,
+                Ok(Some(terms)) => mean + terms,
+                Err(error) => {
+                    *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                    break;
+                }
+            };
+            accumulator.accumulate(self, GradientsParams::from_grads(whole.backward(), self));
         }
-        for (of, adapters) in self.penalties.0.iter().zip(&self.adapters) {
-            if let Some(penalty) = of.as_ref().and_then(|of| of(adapters)) {
+        for (of, adapters) in self.terms.iter().zip(&self.adapters) {
+            if let Some(penalty) = of.penalty.as_ref().and_then(|of| of(adapters)) {
                 accumulator.accumulate(self, GradientsParams::from_grads(penalty.backward(), self));
             }
         }

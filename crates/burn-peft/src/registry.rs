@@ -102,6 +102,7 @@ methods![
     burn_peft_additive::Hadamard,
     burn_peft_additive::Ia3,
     burn_peft_additive::Idpg,
+    burn_peft_additive::InfoPrompt,
     burn_peft_additive::Invertible,
     burn_peft_additive::LnTuning,
     burn_peft_additive::Lpt,

@@ -126,6 +126,7 @@ const ONE_PLACE: &[&str] = &[
     "APT",
     "DEPT",
     "IDPG",
+    "INFOPROMPT",
     "LPT",
     "MULTI_HEAD_ADAPTER",
     "P_TUNING",

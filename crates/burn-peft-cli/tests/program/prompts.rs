@@ -16,6 +16,7 @@ const METHODS: &[&str] = &[
     "dept --method-option num_virtual_tokens=4 --method-option max_length=20 --loraplus-lr-ratio 4",
     "adaption_prompt --method-option adapter_len=4",
     "xprompt --method-option num_virtual_tokens=6 --method-option num_pieces=8",
+    "ptp --method-option num_virtual_tokens=6 --method-option adversarial_weight=0.5",
 ];
 
 fn without_targets(line: &str) -> String {
@@ -150,6 +151,53 @@ fn a_search_of_blocks_ends_in_the_file() {
     let given = format!("--method-option prompt_layers={layers} --max-steps 2 --output-dir /given");
     desk.good(&format!("{line} {given}"));
     assert_eq!(desk.json("given/adapter_config.json")["prompt_layers"], layers);
+}
+
+/// What InfoPrompt trains beside its prompt is in no file, and the file is the function that was trained.
+#[test]
+fn scores_of_information_end_with_the_training() {
+    let desk = classify();
+    let line = format!("{} --method infoprompt", without_targets(CLASSIFY));
+    desk.good(&format!("{line} --num-train-epochs 12 --test-file /test.tsv --output-dir /out"));
+    let summary = desk.json("out/summary.json");
+    let loss = |when: &str| summary[when]["loss"].as_f64().expect("was measured");
+    assert!(loss("after") < 0.8 * loss("before"), "{summary}");
+    let eval = "eval --model @models/bert --adapter /out --test-file /test.tsv";
+    let report: Value = serde_json::from_str(&desk.good(eval)).expect("is JSON");
+    let far = (report["loss"].as_f64().expect("was measured") - loss("after")).abs();
+    assert!(far < 1e-5, "{report}, {summary}");
+    let bytes = desk.bytes("out/adapter_model.safetensors");
+    let file = SafeTensors::deserialize(&bytes).expect("is a safetensors file");
+    assert_eq!(file.names().len(), 3, "{:?}", file.names());
+    assert_eq!(file.tensor("prompt_embeddings").expect("is there").shape(), [20, 32]);
+    let speak = without_targets(crate::SPEAK);
+    refused(&desk, &format!("{speak} --method infoprompt --output-dir /no"), "beta");
+}
+
+#[cfg(unix)]
+mod resumed {
+    use super::without_targets;
+    use crate::{CLASSIFY, LONG, interrupted};
+
+    fn check(method: &str, other: &str) {
+        let line = without_targets(&format!("{CLASSIFY} {LONG}"));
+        let line = line.replace("--lora-dropout 0.2", "");
+        interrupted(&format!("{line} --method {method}"), &format!("--method-option {other}"));
+    }
+
+    #[test]
+    fn ptp_shakes_and_pushes_words_the_same_again() {
+        check(
+            "ptp --method-option adversarial_weight=0.5 --method-option adversarial_steps=1 \
+             --method-option sigma=0.02 --method-option num_virtual_tokens=4",
+            "adversarial_rate=0.1",
+        );
+    }
+
+    #[test]
+    fn infoprompt_draws_its_negatives_the_same_again() {
+        check("infoprompt --method-option num_virtual_tokens=4", "gamma=0.3");
+    }
 }
 
 #[test]

@@ -149,7 +149,10 @@ fn what_stands_in_front_by_its_formula() {
     };
     let carried = ["LPT", "PREFIX_PROPAGATION", "SELECTIVE_PROMPT_TUNING", "VPT"];
     let everywhere = names(&carried);
-    assert_eq!(bert, &everywhere | &names(&["APROMPT", "APT", "IDPG", "PTP", "SMOP"]));
+    assert_eq!(
+        bert,
+        &everywhere | &names(&["APROMPT", "APT", "IDPG", "INFOPROMPT", "PTP", "SMOP"])
+    );
     // It predicts what it reads.
     let unread = names(&["SELECTIVE_PROMPT_TUNING"]);
     assert_eq!(llama, &(&everywhere - &unread) | &names(&["APROMPT", "APT"]));

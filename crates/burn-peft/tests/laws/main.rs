@@ -5,6 +5,7 @@
 mod adapterhub;
 #[path = "../../examples/any_model.rs"]
 mod any_model;
+mod beside;
 mod combine;
 mod hf;
 mod hf_convolutions;
@@ -187,75 +188,6 @@ law!(
         assert_eq!(case.forward(&Scope::new(&none)), base);
         let nobody = bank.rows(&[BASE; 4], &case.device).expect("is held");
         assert_eq!(case.forward(&Scope::new(&nobody)), base);
-    }
-);
-
-/// Which parameters got no gradient.
-struct Gradients<'a> {
-    found: &'a GradientsParams,
-    without: Vec<usize>,
-    met: usize,
-    trained: Trained,
-}
-
-impl ModuleVisitor for Gradients<'_> {
-    fn enter_module(&mut self, _name: &str, container_type: &str) {
-        self.trained.enter(container_type);
-    }
-
-    fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.trained.exit();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if !self.trained.here() {
-            return;
-        }
-        let moved =
-            self.found.get::<D>(param.id).is_some_and(|g| values(g).iter().any(|&v| v != 0.0));
-        if !moved {
-            self.without.push(self.met);
-        }
-        self.met += 1;
-    }
-}
-
-law!(
-    /// Every trained tensor learns, also after loading; the base keeps every bit.
-    gradients_reach_the_adapters_alone,
-    ELSEWHERE = 1,
-    |case| {
-        let before = all_values(&case.model);
-        let folder = tempfile::tempdir().expect("makes a folder");
-        let config = AdapterConfig::new(case.method.clone());
-        save(folder.path(), &config, &case.sites, &case.trained(1)).expect("is written");
-        let device = case.device.clone().autodiff();
-        let (_, loaded) = load::<T>(folder.path(), &case.sites, &device).expect("is whole");
-        for (what, mut adapters) in [("made", case.trained(1)), ("loaded", loaded)] {
-            let mut optimizer = AdamConfig::new().init();
-            for step in 0..2 {
-                // A gate that is drawn may be shut in one pass, or in two: more of them are one step then.
-                let mut passes = 1;
-                let grads = loop {
-                    let pass = |_| case.model.forward(&case.ids, &Scope::new(&adapters)).square().mean();
-                    let loss = (0..passes).map(pass).reduce(|sum, loss| sum + loss).expect("is one at least");
-                    let grads = GradientsParams::from_grads(loss.backward(), &adapters);
-                    let mut seen =
-                        Gradients { found: &grads, without: Vec::new(), met: 0, trained: Trained::default() };
-                    adapters.visit(&mut seen);
-                    assert!(seen.met > 0 && grads.len() == seen.met, "{}", case.name);
-                    match seen.without.is_empty() {
-                        true => break grads,
-                        false => assert!(passes < 16, "{} {what} step {step}: {:?}", case.name, seen.without),
-                    }
-                    passes *= 2;
-                };
-                let old = all_values(&adapters);
-                adapters = optimizer.step(0.01, adapters, grads);
-                assert!(all_values(&adapters).iter().zip(&old).all(|(new, old)| new != old));
-            }
-        }
-        assert_eq!(all_values(&case.model), before, "{}", case.name);
     }
 );
 
@@ -496,5 +428,6 @@ law!(
 // After the macro, which it uses.
 mod convert;
 mod data_inits;
+mod gradients;
 mod quantized;
 mod selective;
