@@ -1,7 +1,7 @@
 //! An adapter of whatever method behind one type: what is written for it is compiled once, and not once
 //! a method.
 
-use crate::{Adapter, Adapters, Guide, Hidden, Overlay, Passes, Policy, SeenTokens};
+use crate::{Adapter, Adapters, Guide, Hidden, Mask, Overlay, Passes, Policy, SeenTokens};
 use burn::module::{
     Content, Devices, Flag, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper,
     ModuleVisitor, Param,
@@ -388,6 +388,10 @@ impl Adapter for AnyAdapter {
 
     fn virtual_tokens(&self) -> usize {
         self.0.virtual_tokens()
+    }
+
+    fn mask(&self) -> Option<Mask> {
+        self.0.mask()
     }
 
     fn attention(

@@ -27,6 +27,8 @@ mod error;
 mod fold;
 mod format;
 mod hidden;
+mod mark;
+mod mask;
 mod method;
 mod policy;
 mod product;
@@ -37,6 +39,7 @@ mod several;
 mod shared;
 mod site;
 mod slopes;
+mod sum;
 mod summary;
 mod survey;
 mod targets;
@@ -55,6 +58,7 @@ pub use format::{
     AdapterConfig, CONFIG_FILE, TENSORS_FILE, adapter_files, load, peft_type, save, save_with,
 };
 pub use hidden::{Grid, Hidden, HiddenPlace, SeenTokens};
+pub use mask::{Mask, MaskPlace};
 pub use method::{Biases, Method, site_rng};
 pub use policy::{Guide, Policy};
 pub use product::Product;

@@ -1,6 +1,7 @@
 //! Where a forward pass is and what lies over it.
 
-use crate::{Adapter, Carried, Grid, Hidden, SeenTokens};
+use crate::sum::{Read, States, sum};
+use crate::{Adapter, Carried, Grid, Hidden, Mask, SeenTokens};
 use burn::module::Param;
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Embedding, LayerNorm, Linear, RmsNorm};
@@ -262,6 +263,20 @@ impl<'a> Scope<'a> {
         self.laid().iter().map(|laid| laid.adapter.virtual_tokens()).sum()
     }
 
+    /// The masks among the tokens that stand in front of the embedded ones here, where a classifier reads its class; what
+    /// counts 0 times has none.
+    pub fn masks(&self) -> Vec<Mask> {
+        let (mut first, mut found) = (0, Vec::new());
+        for Laid { adapter, strength } in self.laid() {
+            let counts = !matches!(strength, Strength::Scale(w) if w == 0.0);
+            if let Some(mask) = adapter.mask().filter(|_| counts) {
+                found.push(Mask { column: first + mask.column, ..mask });
+            }
+            first += adapter.virtual_tokens();
+        }
+        found
+    }
+
     /// Embedded tokens `x [batch, seq, dim]` with what lies over them by their positions, which are made when
     /// something does.
     pub fn positional(
@@ -417,82 +432,4 @@ fn asked<const N: usize>(
         }
     }
     front(parts, scores)
-}
-
-/// What enters a layer: it can be cut to some rows of the batch.
-trait Input {
-    fn rows(&self, rows: &Tensor<1, Int>) -> Self;
-}
-
-impl<const D: usize> Input for Tensor<D> {
-    fn rows(&self, rows: &Tensor<1, Int>) -> Self {
-        self.clone().select(0, rows.clone())
-    }
-}
-
-impl<const D: usize> Input for Tensor<D, Int> {
-    fn rows(&self, rows: &Tensor<1, Int>) -> Self {
-        self.clone().select(0, rows.clone())
-    }
-}
-
-/// What enters a linear layer, and the tokens that it is the states of.
-struct States {
-    x: Tensor<3>,
-    tokens: Option<SeenTokens>,
-}
-
-impl Input for States {
-    fn rows(&self, rows: &Tensor<1, Int>) -> Self {
-        Self {
-            x: self.x.rows(rows),
-            tokens: self.tokens.as_ref().map(|tokens| tokens.select(rows)),
-        }
-    }
-}
-
-/// What an attention reads, and its queries.
-struct Read {
-    x: Tensor<3>,
-    q: Tensor<4>,
-}
-
-impl Input for Read {
-    fn rows(&self, rows: &Tensor<1, Int>) -> Self {
-        Self { x: self.x.rows(rows), q: self.q.rows(rows) }
-    }
-}
-
-impl Input for Hidden<'_> {
-    fn rows(&self, rows: &Tensor<1, Int>) -> Self {
-        self.select(rows)
-    }
-}
-
-/// `y0 + Σ wᵢ·δᵢ(x, y0)`. An adapter routed to some rows sees only those: a batch with many
-/// adapters costs what a batch with one costs.
-fn sum<'a, const D: usize, X: Input>(
-    laid: impl IntoIterator<Item = Laid<'a>>,
-    x: &X,
-    y0: Tensor<D>,
-    delta: impl Fn(&dyn Adapter, &X, &Tensor<D>) -> Option<Tensor<D>>,
-) -> Tensor<D> {
-    let mut y = y0.clone();
-    for Laid { adapter, strength } in laid {
-        match strength {
-            Strength::Scale(w) => {
-                if let Some(d) = delta(adapter, x, &y0) {
-                    y = y + if w == 1.0 { d } else { d * w };
-                }
-            }
-            Strength::Rows(rows) => {
-                if let Some(d) = delta(adapter, &x.rows(rows), &y0.clone().select(0, rows.clone()))
-                {
-                    let update = burn::tensor::IndexingUpdateOp::Add;
-                    y = y.select_assign(0, rows.clone(), d, update);
-                }
-            }
-        }
-    }
-    y
 }
