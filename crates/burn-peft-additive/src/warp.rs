@@ -1,4 +1,4 @@
-//! WARP: a class is the trained vector that is nearest to what a masked language model says of its [MASK]
+//! WARP: a class is the trained vector that is nearest to what a masked language model says of its `[MASK]`
 //! (arXiv 2101.00121).
 
 use crate::fields::bounded;
@@ -17,33 +17,33 @@ use serde::{Deserialize, Serialize};
 /// Word-level Adversarial ReProgramming (arXiv 2101.00121, section 3), of a classifier over a frozen masked language model:
 /// it reads `T(x) = [P; E([MASK]); E(x)]`, and `P(y = c | x) = exp(θ_c·f(T(x))) / Σᵢ exp(θᵢ·f(T(x)))`.
 ///
-/// `f`, `[hidden]`, is the state of the [MASK] behind the frozen transform of the language model's head (dense, activation,
+/// `f`, `[hidden]`, is the state of the `[MASK]` behind the frozen transform of the language model's head (dense, activation,
 /// norm), which its table of words would be multiplied with. Trained are the prompts `P [n, hidden]` and the verbaliser `θ
 /// [classes, hidden]`, one vector a class and no bias: `(n + classes)·hidden` parameters. The classifier's own head and
 /// pooler are neither read, trained nor stored.
 ///
-/// The paper also sets prompts behind the text and between two; here all stand in front, and the [MASK] behind them, so
+/// The paper also sets prompts behind the text and between two; here all stand in front, and the `[MASK]` behind them, so
 /// that a row of a padded batch is what it is alone. Positions, mask and sentence numbers go on over them as in
 /// [`PromptTuning`](crate::PromptTuning). The paper's WARP₀, without prompts, is not here.
 ///
-/// It goes to the embedding of words and to the output layer of a classifier that can read a [MASK]: a BERT whose folder
+/// It goes to the embedding of words and to the output layer of a classifier that can read a `[MASK]`: a BERT whose folder
 /// names that token. Acts on activations only: it does not fold, and rows of one batch cannot have prompts of their own.
 /// HF PEFT does not have it: the same layout, with `θ` by the name of the output layer's weight, whose place it takes.
 ///
 /// # Errors
-/// A model that reads no [MASK], a folder whose tokenizer names none, a checkpoint without the transform (unless
+/// A model that reads no `[MASK]`, a folder whose tokenizer names none, a checkpoint without the transform (unless
 /// [`transform`](Self::transform) is false), and `modules_to_save`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Warp {
     /// `n`; default 8, as in most of the paper.
     pub num_prompts: usize,
-    /// How `P` begins; default as the [MASK].
+    /// How `P` begins; default as the `[MASK]`.
     pub prompt_init: WarpInit,
     /// A word's number for each class, in their order, as which `θ` begins, such as those of "great" and "bad"; default:
     /// `θ ~ N(0, 0.02²)`, which is our choice, as a new head of BERT's is drawn.
     pub class_tokens: Option<Vec<usize>>,
-    /// Whether `f` goes through the transform; default true. Without it `θ` reads the last block's state at the [MASK],
+    /// Whether `f` goes through the transform; default true. Without it `θ` reads the last block's state at the `[MASK]`,
     /// which is our choice for checkpoints that have lost it, as those of sentence encoders have, and not the paper's method.
     pub transform: bool,
     /// Nothing is trained whole.
@@ -61,7 +61,7 @@ impl Default for Warp {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum WarpInit {
-    /// Each as the [MASK].
+    /// Each as the `[MASK]`.
     #[default]
     Mask,
     /// As words of the model that are drawn at random.
@@ -69,6 +69,8 @@ pub enum WarpInit {
 }
 
 /// What WARP trains at one of its two places.
+// Handles on tensors differ in size; there are two of these.
+#[allow(clippy::large_enum_variant)]
 #[derive(Module, Debug)]
 pub enum WarpAdapter {
     /// In front of the words.
@@ -77,14 +79,14 @@ pub enum WarpAdapter {
     Verbalizer(Verbalizer),
 }
 
-/// Prompts, and the [MASK] behind them.
+/// Prompts, and the `[MASK]` behind them.
 #[derive(Module, Debug)]
 pub struct MaskedPrompt {
     /// `P [n, hidden]`.
     pub prompt_embeddings: Param<Tensor<2>>,
     /// `E([MASK]) [1, hidden]`, frozen.
     pub mask: Tensor<2>,
-    /// Whether the state at the [MASK] goes through the frozen transform.
+    /// Whether the state at the `[MASK]` goes through the frozen transform.
     pub transform: bool,
 }
 
@@ -134,7 +136,7 @@ fn rows(site: &Site, field: &'static str, ids: &[usize]) -> Result<TensorData, E
     Ok(table.without_autodiff().select(0, ids).into_data().convert::<f32>())
 }
 
-/// The number of the [MASK] in the table at `site`.
+/// The number of the `[MASK]` in the table at `site`.
 fn mask_word(site: &Site) -> Result<usize, Error> {
     let word = site.mask.as_ref().and_then(|mask| mask.word);
     word.filter(|word| *word < site.fan_in()).ok_or_else(|| {
@@ -153,7 +155,7 @@ fn mask_word(site: &Site) -> Result<usize, Error> {
 }
 
 impl Warp {
-    /// With this many prompts that begin as the [MASK].
+    /// With this many prompts that begin as the `[MASK]`.
     pub fn new(num_prompts: usize) -> Self {
         Self {
             num_prompts,

@@ -117,7 +117,7 @@ pub trait Adapter: Debug + Send + Sync {
         0
     }
 
-    /// The one of the tokens of [`Adapter::prompt`] that is a [MASK], at whose state a classifier reads its class.
+    /// The one of the tokens of [`Adapter::prompt`] that is a `[MASK]`, at whose state a classifier reads its class.
     fn mask(&self) -> Option<Mask> {
         None
     }

@@ -1,13 +1,13 @@
-//! The [MASK] of a masked language model: what a model says of it, and what reads a class there.
+//! The `[MASK]` of a masked language model: what a model says of it, and what reads a class there.
 
 use crate::mark::mark;
 
-/// Marks the module that holds it, and a table of words beside it, as one that a [MASK] can be set in front of and read at:
+/// Marks the module that holds it, and a table of words beside it, as one that a `[MASK]` can be set in front of and read at:
 /// by a classifier over an encoder that predicted masked words. It has no parameters; [`Sites`](crate::Sites) finds it,
 /// and says it with the [table](crate::Site::mask).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MaskPlace {
-    /// Number of the [MASK] among the words; none where nothing beside the checkpoint names it.
+    /// Number of the `[MASK]` among the words; none where nothing beside the checkpoint names it.
     pub word: Option<usize>,
     /// The tensors that the checkpoint lacks of the transform which stood between the states and the output layer of words;
     /// with all of them the model has it, beside its parameters.
@@ -36,7 +36,7 @@ impl MaskPlace {
 
 mark!(MaskPlace);
 
-/// A [MASK] among the tokens that stand in front of a sequence: the input of a classifier's output layer is its state
+/// A `[MASK]` among the tokens that stand in front of a sequence: the input of a classifier's output layer is its state
 /// then, in place of what the model reads otherwise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mask {

@@ -102,7 +102,7 @@ pub struct Site {
     pub weight: Value,
     /// The bias, where there is one.
     pub bias: Option<Tensor<1>>,
-    /// Of a table of words, what the model says of its [MASK].
+    /// Of a table of words, what the model says of its `[MASK]`.
     pub mask: Option<MaskPlace>,
 }
 
@@ -275,7 +275,7 @@ struct Finder {
     attentions: Vec<String>,
     /// Of each list of blocks how many there are and how wide their states.
     blocks: BTreeMap<String, [usize; 2]>,
-    /// The names of each mark of a [MASK], by the module that holds it.
+    /// The names of each mark of a `[MASK]`, by the module that holds it.
     masks: BTreeMap<String, Vec<String>>,
     found: BTreeMap<String, Found>,
 }

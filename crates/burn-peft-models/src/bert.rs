@@ -33,7 +33,7 @@ pub struct BertConfig {
     pub position_embedding_type: Option<String>,
     #[serde(flatten)]
     pub classes: Classes,
-    /// Number of the [MASK], by the tokenizer's files beside `config.json`.
+    /// Number of the `[MASK]`, by the tokenizer's files beside `config.json`.
     #[serde(skip)]
     pub mask_word: Option<usize>,
 }
@@ -377,7 +377,7 @@ impl BertForSequenceClassification {
     /// Refuses what a forward pass with what `cx` lays over it could not take; see [`Tokens::check`].
     ///
     /// # Errors
-    /// As [`Tokens::check`]; more than one [MASK] in front to read the class at, or one whose state is to go through a
+    /// As [`Tokens::check`]; more than one `[MASK]` in front to read the class at, or one whose state is to go through a
     /// transform that the checkpoint lacks.
     pub fn check(&self, tokens: &Tokens, cx: &Scope<'_>) -> Result<(), Error> {
         one_mask(&cx.at(WORDS), self.transform.is_some())?;
@@ -393,7 +393,7 @@ impl BertForSequenceClassification {
         }
     }
 
-    /// Logits `[batch, labels]`. The output layer reads the pooled first token, or the state at a [MASK] that stands in
+    /// Logits `[batch, labels]`. The output layer reads the pooled first token, or the state at a `[MASK]` that stands in
     /// front.
     pub fn forward(&self, tokens: &Tokens, cx: &Scope<'_>) -> Tensor<2> {
         let at = cx.at("bert");

@@ -1,4 +1,4 @@
-//! What is left of a masked language model under a classifier: its [MASK], and the transform of the states that its output
+//! What is left of a masked language model under a classifier: its `[MASK]`, and the transform of the states that its output
 //! layer read.
 // Fields are named as in the checkpoint, where this one is in capitals.
 #![allow(non_snake_case)]
@@ -40,7 +40,7 @@ impl Transform {
     }
 }
 
-/// Refuses more than one [MASK] in front of the words at `cx`, and one whose state is to go through a transform that the
+/// Refuses more than one `[MASK]` in front of the words at `cx`, and one whose state is to go through a transform that the
 /// model does not have.
 ///
 /// # Errors
@@ -76,8 +76,8 @@ fn json(folder: &Path, name: &str) -> Result<Option<Value>, Error> {
     }
 }
 
-/// The number of the [MASK] by the tokenizer's files in a folder: what `tokenizer_config.json` or
-/// `special_tokens_map.json` call `mask_token`, or "[MASK]", as BERT's tokenizer does, in `tokenizer.json` or `vocab.txt`.
+/// The number of the `[MASK]` by the tokenizer's files in a folder: what `tokenizer_config.json` or
+/// `special_tokens_map.json` call `mask_token`, or "`[MASK]`", as BERT's tokenizer does, in `tokenizer.json` or `vocab.txt`.
 /// `None` where these name none.
 ///
 /// # Errors

@@ -137,6 +137,12 @@ fn what_stands_in_front_by_its_formula() {
         |model, cx| values(model.forward(&batch, cx)),
         <[f32]>::to_vec,
     );
+    let masked = check::<BertForSequenceClassification>(
+        "prompts",
+        "bert-mlm",
+        |model, cx| values(model.forward(&batch, cx)),
+        <[f32]>::to_vec,
+    );
     let batch = tokens("llama", false);
     let llama = check::<LlamaForCausalLM>(
         "prompts",
@@ -149,7 +155,8 @@ fn what_stands_in_front_by_its_formula() {
     };
     let carried = ["LPT", "PREFIX_PROPAGATION", "SELECTIVE_PROMPT_TUNING", "VPT"];
     let everywhere = names(&carried);
-    assert_eq!(bert, &everywhere | &names(&["APROMPT", "APT", "IDPG", "PTP", "SMOP"]));
+    assert_eq!(bert, &everywhere | &names(&["APROMPT", "APT", "IDPG", "PTP", "SMOP", "WARP"]));
+    assert_eq!(masked, names(&["WARP"]));
     // It predicts what it reads.
     let unread = names(&["SELECTIVE_PROMPT_TUNING"]);
     assert_eq!(llama, &(&everywhere - &unread) | &names(&["APROMPT", "APT"]));
