@@ -57,13 +57,15 @@ def write_model(name, model, inputs, dtype=None, **options):
 
 def models():
     write_model("bert", tiny.bert(), tiny.inputs(types=True))
+    write_model("bert-mlm", tiny.bert_mlm(), tiny.inputs(types=True))
     write_model("llama", tiny.llama(), tiny.inputs(left=True))
     llama3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
               "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
     write_model("llama-tied-llama3-bf16", tiny.llama(tie_word_embeddings=True, rope_parameters=llama3),
                 tiny.inputs(), torch.bfloat16)
-    for name in ["bert", "llama"]:
-        tiny.tokenizer(ROOT / "models" / name)
+    for name in ["bert", "bert-mlm"]:
+        tiny.tokenizer(ROOT / "models" / name, mask=True)
+    tiny.tokenizer(ROOT / "models" / "llama")
     linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
     write_model("llama-linear-sharded-f16", tiny.llama(num_key_value_heads=4, rope_parameters=linear,
                 attention_bias=True, mlp_bias=True), tiny.inputs(), torch.float16, max_shard_size="20KB")

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch.nn.functional import adaptive_avg_pool1d, linear, relu
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import (AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForMaskedLM,
+                          AutoModelForSequenceClassification, AutoTokenizer)
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import tiny
@@ -27,7 +28,8 @@ PROMPT = "prompt"
 
 
 def base(model):
-    net = KINDS[model].from_pretrained(ROOT / "models" / model, dtype=torch.float32, attn_implementation="eager")
+    kind = AutoModelForMaskedLM if model == "bert-mlm" else KINDS[model]
+    net = kind.from_pretrained(ROOT / "models" / model, dtype=torch.float32, attn_implementation="eager")
     return net.eval()
 
 
@@ -92,14 +94,18 @@ def list_of(body):
     return next(m for m in body.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == LAYERS)
 
 
-def behind(net, prompt):
-    """BERT's logits with virtual tokens in front of the words."""
+def fed(net, prompt):
+    """What BERT reads with virtual tokens in front of the words."""
     batch = inputs("bert")
     rows, n, _ = prompt.shape
     words = torch.cat([prompt, net.bert.embeddings.word_embeddings(batch["input_ids"])], 1)
     mask = torch.cat([torch.ones(rows, n, dtype=torch.long), batch["attention_mask"]], 1)
     types = torch.cat([torch.zeros(rows, n, dtype=torch.long), batch["token_type_ids"]], 1)
-    return net(inputs_embeds=words, attention_mask=mask, token_type_ids=types).logits
+    return dict(inputs_embeds=words, attention_mask=mask, token_type_ids=types)
+
+
+def behind(net, prompt):
+    return net(**fed(net, prompt)).logits
 
 
 def mean_of_words(net):
@@ -122,6 +128,22 @@ def infoprompt(net, model, draw):
     logits = behind(net, prompt.expand(inputs("bert")["input_ids"].shape[0], -1, -1))
     config = dict(peft_type="INFOPROMPT", num_virtual_tokens=4, beta=0.1, gamma=0.05, score_dim=8, num_negatives=5)
     return config, PROMPT, {"prompt_embeddings": prompt}, logits
+
+
+def warp(net, model, draw):
+    """The class whose vector is nearest to the state of a mask behind the prompts, through the transform where there is
+    the head of a masked language model."""
+    prompts, theta = draw(3, HIDDEN), draw(3, HIDDEN)
+    word = AutoTokenizer.from_pretrained(ROOT / "models" / model).mask_token_id
+    mask = net.bert.embeddings.word_embeddings.weight[word]
+    front = torch.cat([prompts, mask[None]]).expand(inputs("bert")["input_ids"].shape[0], -1, -1)
+    state = net.bert(**fed(net, front)).last_hidden_state[:, 3]
+    transform = model == "bert-mlm"
+    if transform:
+        state = net.cls.predictions.transform(state)
+    config = dict(peft_type="WARP", num_prompts=3, prompt_init="MASK", class_tokens=None, transform=transform)
+    tensors = {"prompt_embeddings": prompts, "base_model.classifier.weight": theta}
+    return config, PROMPT, tensors, state @ theta.T
 
 
 def generator(draw, n, m):
@@ -341,6 +363,8 @@ def write():
     shutil.rmtree(ROOT / "prompts", ignore_errors=True)
     for method in [idpg, infoprompt, ptp, smop, lpt_naive, lpt_pooling, selective_search, selective_chosen]:
         case(method, "bert")
+    for model in ["bert", "bert-mlm"]:
+        case(warp, model)
     for method in [apt, aprompt, lpt_plain, prefix_propagation, vpt]:
         for model in ["bert", "llama"]:
             case(method, model)

@@ -4,21 +4,30 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import (BertConfig, BertForSequenceClassification, Dinov2Config, Dinov2ForImageClassification,
-                          LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration, ViTConfig,
+from transformers import (BertConfig, BertForMaskedLM, BertForSequenceClassification, Dinov2Config,
+                          Dinov2ForImageClassification, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration, ViTConfig,
                           ViTForImageClassification)
 
 VOCAB = 96
 
 
-def bert(labels=3):
-    torch.manual_seed(0)
-    config = BertConfig(
+def bert_config(labels=3):
+    return BertConfig(
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=48, max_position_embeddings=40, num_labels=labels,
         initializer_range=0.3, pad_token_id=0,
     )
-    return shaken(BertForSequenceClassification(config))
+
+
+def bert(labels=3):
+    torch.manual_seed(0)
+    return shaken(BertForSequenceClassification(bert_config(labels)))
+
+
+def bert_mlm():
+    """Without a pooler, as all of its kind."""
+    torch.manual_seed(23)
+    return shaken(BertForMaskedLM(bert_config()))
 
 
 def llama(**options):
@@ -100,12 +109,14 @@ def inputs(batch=3, seq=11, left=False, types=False):
     return found
 
 
-def tokenizer(folder):
-    """A tokenizer of whole words, with a chat template."""
+def tokenizer(folder, mask=False):
+    """A tokenizer of whole words, with a chat template; with a mask as its last word, if asked."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
     words = special + [f"w{i}" for i in range(VOCAB - len(special))]
+    if mask:
+        words[-1] = "[MASK]"
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.post_processor = processors.TemplateProcessing(
@@ -119,6 +130,8 @@ def tokenizer(folder):
         "chat_template": "{% for m in messages %}{{ m.role }} {{ m.content }} [SEP] {% endfor %}"
                          "{% if add_generation_prompt %}assistant{% endif %}",
     }
+    if mask:
+        said["mask_token"] = "[MASK]"
     (Path(folder) / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n")
 
 

@@ -217,7 +217,8 @@ mod tests {
         let device = Device::flex();
         // An odd width: halves of 3 and 4.
         let weight = Value::D1(Tensor::zeros([7], &device));
-        let site = Site { path: "embeddings".into(), kind: Kind::Hidden, weight, bias: None };
+        let site =
+            Site { path: "embeddings".into(), kind: Kind::Hidden, weight, bias: None, mask: None };
         let method = Invertible::new(0.5, Targets::default());
         let made = method.init(&site, &(), &mut site_rng(1, "embeddings"), &device).expect("fits");
         let large = |param: Param<Tensor<2>>| param.map(|p| p * 20.0);

@@ -46,6 +46,7 @@ mod sparse_adapter;
 mod ssf;
 mod tiny_attention;
 mod trainable_tokens;
+mod warp;
 
 pub use adapter_drop::{AdapterDrop, DroppedAdapter};
 pub use adapterhub::{FromHub, HubMethod, HubModel, load_from_hub, save_to_hub};
@@ -89,3 +90,4 @@ pub use sparse_adapter::{Pruning, SparseAdapter, SparseBottleneck, SparseMatrix}
 pub use ssf::Ssf;
 pub use tiny_attention::{TinyAttention, TinyAttentionAdapter};
 pub use trainable_tokens::{TrainableTokens, TrainableTokensAdapter};
+pub use warp::{MaskedPrompt, Verbalizer, Warp, WarpAdapter, WarpInit};

@@ -6,8 +6,8 @@ use crate::model::Task;
 use crate::options::{configure, further};
 use burn::tensor::Device;
 use burn_peft::core::{
-    AdapterConfig, Adapters, AnyAdapter, CONFIG_FILE, Guide, LIST_FILE, Method, Passes, Sites,
-    Summary, Unwritten, adapt, adapter_files, save_together, survey, write_together,
+    Adapter, AdapterConfig, Adapters, AnyAdapter, CONFIG_FILE, Guide, LIST_FILE, Method, Passes,
+    Sites, Summary, Unwritten, adapt, adapter_files, save_together, survey, write_together,
 };
 use burn_peft::registry::{Job, with_method};
 use burn_peft::train::Part;
@@ -101,6 +101,15 @@ impl Make<'_> {
                 Failure::new("--also: has no peft_type; expected one, such as \"BOTTLENECK\"")
             })?;
             made.push(with_method(name, One(self, Some(at)))??);
+        }
+        let masked = |one: &&Made| one.part.adapters.iter().any(|(_, a)| a.mask().is_some());
+        if let (Some(answers), Some(output)) = (made.iter().find(masked), &self.sites.output)
+            && let Some(other) = made.iter().find(|one| one.part.adapters.copy(output).is_some())
+        {
+            return Err(Failure::new(format!(
+                "{output}: {} trains it, and {} answers in its place; give {} as --method, and the other by --also",
+                other.name, answers.name, answers.name
+            )));
         }
         for (at, one) in made.iter().enumerate() {
             for (path, _) in one.part.adapters.copies() {

@@ -4,7 +4,7 @@ use crate::args::ModelArgs;
 use crate::failure::Failure;
 use crate::files::{head_rows, read_labels};
 use burn::tensor::Device;
-use burn_peft::core::{Overlay, Sites, adapter_folders, peft_type};
+use burn_peft::core::{Overlay, Scope, Site, Sites, adapter_folders, peft_type};
 pub(crate) use burn_peft::models::{
     BertForSequenceClassification as Bert, Dinov2ForImageClassification as Dinov2,
     ViTForImageClassification as Vit,
@@ -135,7 +135,11 @@ fn ready<M: Pretrained>(
         adapters.iter().filter(|a| laid(a.as_ref())).count()
     };
     let contested = loaded.fresh.iter().find(|name| brought(name) > 1).cloned();
-    let fresh: Vec<String> = loaded.fresh.into_iter().filter(|name| brought(name) == 0).collect();
+    // Nor what is not read: all that may be missing is a classifier's head, and the class may be read at a mask.
+    let masked = |site: &Site| !Scope::new(&adapters).at(&site.path).masks().is_empty();
+    let answered = sites.all.iter().any(|site| site.mask.is_some() && masked(site));
+    let missing = |name: &String| !answered && brought(name) == 0;
+    let fresh: Vec<String> = loaded.fresh.into_iter().filter(missing).collect();
     Ok(Ready { model: loaded.model, adapters, device, fresh, contested })
 }
 

@@ -168,7 +168,8 @@ pub(crate) fn configure<T: Method>(
     }
     let mut whole =
         args.modules_to_save.clone().or(targets.modules_to_save.clone()).unwrap_or_default();
-    for name in saved {
+    // What answers in the head's place has no use for it, nor for what lies under it.
+    for name in saved.iter().filter(|_| !T::ANSWERS) {
         if !whole.iter().any(|known| name == known || name.ends_with(&format!(".{known}"))) {
             whole.push(name.clone());
         }

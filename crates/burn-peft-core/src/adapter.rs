@@ -1,6 +1,6 @@
 //! The two faces of a difference: on activations ([`Adapter`]) and on parameters ([`Fold`]).
 
-use crate::{Hidden, SeenTokens};
+use crate::{Hidden, Mask, SeenTokens};
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Embedding, Linear};
 use burn::tensor::{Int, Tensor};
@@ -115,6 +115,11 @@ pub trait Adapter: Debug + Send + Sync {
     /// front.
     fn virtual_tokens(&self) -> usize {
         0
+    }
+
+    /// The one of the tokens of [`Adapter::prompt`] that is a `[MASK]`, at whose state a classifier reads its class.
+    fn mask(&self) -> Option<Mask> {
+        None
     }
 
     /// `δ` of what an attention mixes, before its output layer: what it reads, `x [batch, seq, hidden]`, queries

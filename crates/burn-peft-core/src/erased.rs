@@ -2,7 +2,7 @@
 //! a method.
 
 use crate::policy::Made;
-use crate::{Adapter, Adapters, Guide, Hidden, Overlay, Passes, Policy, SeenTokens};
+use crate::{Adapter, Adapters, Guide, Hidden, Mask, Overlay, Passes, Policy, SeenTokens};
 use burn::module::{
     Content, Devices, Flag, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper,
     ModuleVisitor, Param,
@@ -389,6 +389,10 @@ impl Adapter for AnyAdapter {
 
     fn virtual_tokens(&self) -> usize {
         self.0.virtual_tokens()
+    }
+
+    fn mask(&self) -> Option<Mask> {
+        self.0.mask()
     }
 
     fn attention(

@@ -1,10 +1,8 @@
 //! Hidden states as places: what flows between the layers of a model, `[batch, seq, hidden]`.
 
-use burn::module::{
-    Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor,
-};
+use crate::mark::mark;
 use burn::nn::LayerNorm;
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Int, Tensor};
 
 /// Marks the module that holds it as a place for hidden states: what that module gives on can be adapted, by
 /// its path. It has no parameters; [`Sites`](crate::Sites) finds it.
@@ -21,52 +19,13 @@ impl HiddenPlace {
     pub fn new(width: usize) -> Self {
         Self { width }
     }
-}
 
-impl Module for HiddenPlace {
-    fn collect_devices(&self, devices: Devices) -> Devices {
-        devices
-    }
-
-    fn fork(self, _device: &Device) -> Self {
-        self
-    }
-
-    fn to_device(self, _device: &Device) -> Self {
-        self
-    }
-
-    fn train(self) -> Self {
-        self
-    }
-
-    fn valid(&self) -> Self {
-        *self
-    }
-
-    fn materialize(self) -> Self {
-        self
-    }
-
-    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        // A visitor sees names and parameters only.
-        let width = self.width.to_string();
-        visitor.enter_module(&width, Self::MARK);
-        visitor.exit_module(&width, Self::MARK);
-    }
-
-    fn map<M: ModuleMapper>(self, _mapper: &mut M) -> Self {
-        self
+    fn names(&self) -> Vec<String> {
+        vec![self.width.to_string()]
     }
 }
 
-impl ModuleDisplayDefault for HiddenPlace {
-    fn content(&self, content: Content) -> Option<Content> {
-        content.add("width", &self.width).optional()
-    }
-}
-
-impl ModuleDisplay for HiddenPlace {}
+mark!(HiddenPlace);
 
 /// A hidden state where a sublayer or a block gives it on, all tensors `[batch, seq, hidden]`.
 #[derive(Debug, Clone)]

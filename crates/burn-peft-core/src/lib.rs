@@ -28,6 +28,8 @@ mod error;
 mod fold;
 mod format;
 mod hidden;
+mod mark;
+mod mask;
 mod method;
 mod overlay;
 mod policy;
@@ -39,6 +41,7 @@ mod several;
 mod shared;
 mod site;
 mod slopes;
+mod sum;
 mod summary;
 mod survey;
 mod targets;
@@ -58,6 +61,7 @@ pub use format::{
     AdapterConfig, CONFIG_FILE, TENSORS_FILE, adapter_files, load, peft_type, save, save_with,
 };
 pub use hidden::{Grid, Hidden, HiddenPlace, SeenTokens};
+pub use mask::{Mask, MaskPlace};
 pub use method::{Biases, Method, site_rng};
 pub use overlay::{Laid, Overlay, Strength};
 pub use policy::{Guide, Policy};

@@ -61,6 +61,9 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// they act, where the method has such: what [`Guide::riemannian`](crate::Guide::riemannian) needs.
     const PAIR: Option<[&'static str; 2]> = None;
 
+    /// Whether it answers in place of a classifier's head, of which nothing is read, trained or stored then.
+    const ANSWERS: bool = false;
+
     /// Where it goes.
     fn targets(&self) -> &Targets;
 

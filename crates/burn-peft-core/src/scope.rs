@@ -1,10 +1,11 @@
 //! Where a forward pass is and what lies over it.
 
-use crate::{Adapter, Carried, Grid, Hidden, Laid, Overlay, SeenTokens, Strength};
+use crate::sum::{Read, States, sum};
+use crate::{Adapter, Carried, Grid, Hidden, Laid, Mask, Overlay, SeenTokens, Strength};
 use burn::module::Param;
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Embedding, LayerNorm, Linear, RmsNorm};
-use burn::tensor::{IndexingUpdateOp, Int, Tensor};
+use burn::tensor::{Int, Tensor};
 use burn_peft_kernels as kernels;
 
 /// What is added to the score of a pair that must not see each other: finite, so that a row of padding
@@ -169,6 +170,20 @@ impl<'a> Scope<'a> {
         self.laid().iter().map(|laid| laid.adapter.virtual_tokens()).sum()
     }
 
+    /// The masks among the tokens that stand in front of the embedded ones here, where a classifier reads its class; what
+    /// counts 0 times has none.
+    pub fn masks(&self) -> Vec<Mask> {
+        let (mut first, mut found) = (0, Vec::new());
+        for Laid { adapter, strength } in self.laid() {
+            let counts = !matches!(strength, Strength::Scale(w) if w == 0.0);
+            if let Some(mask) = adapter.mask().filter(|_| counts) {
+                found.push(Mask { column: first + mask.column, ..mask });
+            }
+            first += adapter.virtual_tokens();
+        }
+        found
+    }
+
     /// Embedded tokens `x [batch, seq, dim]` with what lies over them by their positions, which are made when
     /// something does.
     pub fn positional(
@@ -324,89 +339,4 @@ fn asked<const N: usize>(
         }
     }
     front(parts, scores)
-}
-
-/// What enters a layer: it can be cut to some rows of the batch.
-trait Input {
-    fn rows(&self, rows: &Tensor<1, Int>) -> Self;
-}
-
-impl<const D: usize> Input for Tensor<D> {
-    fn rows(&self, rows: &Tensor<1, Int>) -> Self {
-        self.clone().select(0, rows.clone())
-    }
-}
-
-impl<const D: usize> Input for Tensor<D, Int> {
-    fn rows(&self, rows: &Tensor<1, Int>) -> Self {
-        self.clone().select(0, rows.clone())
-    }
-}
-
-/// What enters a linear layer, and the tokens that it is the states of.
-struct States {
-    x: Tensor<3>,
-    tokens: Option<SeenTokens>,
-}
-
-impl Input for States {
-    fn rows(&self, rows: &Tensor<1, Int>) -> Self {
-        Self {
-            x: self.x.rows(rows),
-            tokens: self.tokens.as_ref().map(|tokens| tokens.select(rows)),
-        }
-    }
-}
-
-/// What an attention reads, and its queries.
-struct Read {
-    x: Tensor<3>,
-    q: Tensor<4>,
-}
-
-impl Input for Read {
-    fn rows(&self, rows: &Tensor<1, Int>) -> Self {
-        Self { x: self.x.rows(rows), q: self.q.rows(rows) }
-    }
-}
-
-impl Input for Hidden<'_> {
-    fn rows(&self, rows: &Tensor<1, Int>) -> Self {
-        self.select(rows)
-    }
-}
-
-/// `y0 + Σ wᵢ·δᵢ(x, y0)`. An adapter routed to some rows sees only those, and what all of them add is added at
-/// once: a batch with many adapters costs what a batch with one costs.
-fn sum<'a, const D: usize, X: Input>(
-    laid: impl IntoIterator<Item = Laid<'a>>,
-    x: &X,
-    y0: Tensor<D>,
-    delta: impl Fn(&dyn Adapter, &X, &Tensor<D>) -> Option<Tensor<D>>,
-) -> Tensor<D> {
-    let mut y = y0.clone();
-    let (mut rows, mut parts) = (Vec::new(), Vec::new());
-    for Laid { adapter, strength } in laid {
-        match strength {
-            Strength::Scale(w) => {
-                if let Some(d) = delta(adapter, x, &y0) {
-                    y = y + if w == 1.0 { d } else { d * w };
-                }
-            }
-            Strength::Rows(own) => {
-                let Some(d) = delta(adapter, &x.rows(own), &y0.rows(own)) else { continue };
-                rows.push(own.clone());
-                parts.push(d);
-            }
-        }
-    }
-    if parts.is_empty() {
-        return y;
-    }
-    drop(y0); // so that `y` is updated where it lies
-    let dims = y.dims();
-    // As a matrix: backends are slow at the same thing on more axes.
-    let flat = |t: Tensor<D>| t.flatten::<2>(1, D - 1);
-    let (rows, parts) = (Tensor::cat(rows, 0), flat(Tensor::cat(parts, 0)));
-    flat(y).select_assign(0, rows, parts, IndexingUpdateOp::Add).reshape(dims)
 }

@@ -1,6 +1,6 @@
 //! Places of a model: found by one visitor, named as the Hugging Face checkpoint names them.
 
-use crate::HiddenPlace;
+use crate::{HiddenPlace, MaskPlace};
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
 use std::collections::BTreeMap;
@@ -102,6 +102,8 @@ pub struct Site {
     pub weight: Value,
     /// The bias, where there is one.
     pub bias: Option<Tensor<1>>,
+    /// Of a table of words, what the model says of its `[MASK]`.
+    pub mask: Option<MaskPlace>,
 }
 
 impl Site {
@@ -198,25 +200,46 @@ impl Sites {
             };
             if let (Some(width), Some(device)) = (found.hidden, &device) {
                 let weight = Value::D1(Tensor::zeros([width], device));
-                sites.all.push(Site { path, kind: Kind::Hidden, weight, bias: None });
+                sites.all.push(Site { path, kind: Kind::Hidden, weight, bias: None, mask: None });
                 continue;
             }
             let (Some(kind), Some(weight)) = (found.kind, found.weight) else {
                 continue;
             };
-            sites.all.push(Site { path, kind, weight, bias: found.bias });
+            sites.all.push(Site { path, kind, weight, bias: found.bias, mask: None });
+        }
+        for (parent, names) in finder.masks {
+            let beside = |site: &&mut Site| {
+                let (above, _) = site.path.rsplit_once('.').unwrap_or(("", &site.path));
+                site.kind == Kind::Embedding && above == parent
+            };
+            if let Some(words) = sites.all.iter_mut().find(beside) {
+                words.mask = Some(MaskPlace::of(names));
+            }
         }
         for (path, [count, width]) in finder.blocks {
             if let Some(device) = &device {
                 let weight = Value::D2(Tensor::zeros([count, width], device));
-                sites.between.push(Site { path, kind: Kind::Blocks, weight, bias: None });
+                sites.between.push(Site {
+                    path,
+                    kind: Kind::Blocks,
+                    weight,
+                    bias: None,
+                    mask: None,
+                });
             }
         }
         for path in finder.attentions {
             // By the name of the layer that makes the keys, in the checkpoints of today's models.
             let key = KEYS.iter().find_map(|name| sites.get(&format!("{path}.{name}")));
             if let Some(weight) = key.map(|key| key.weight.clone()) {
-                sites.between.push(Site { path, kind: Kind::Attention, weight, bias: None });
+                sites.between.push(Site {
+                    path,
+                    kind: Kind::Attention,
+                    weight,
+                    bias: None,
+                    mask: None,
+                });
             }
         }
         sites
@@ -252,6 +275,8 @@ struct Finder {
     attentions: Vec<String>,
     /// Of each list of blocks how many there are and how wide their states.
     blocks: BTreeMap<String, [usize; 2]>,
+    /// The names of each mark of a `[MASK]`, by the module that holds it.
+    masks: BTreeMap<String, Vec<String>>,
     found: BTreeMap<String, Found>,
 }
 
@@ -282,6 +307,11 @@ impl ModuleVisitor for Finder {
             {
                 self.blocks.entry(hf_path(list_names)).or_insert([0, width])[0] += 1;
             }
+        }
+        if container_type == MaskPlace::MARK {
+            let parents = self.stack.split_last().map_or(&[][..], |(_, parents)| parents);
+            let names: Vec<&str> = parents.iter().map(|(name, _)| name.as_str()).collect();
+            self.masks.entry(hf_path(&names)).or_default().push(name.to_owned());
         }
         if container_type.ends_with("Attention") {
             let names: Vec<&str> = self.stack.iter().map(|(name, _)| name.as_str()).collect();

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 fn site(path: &str, kind: Kind) -> Site {
     let weight = Value::D2(Tensor::zeros([1, 1], &Device::flex()));
-    Site { path: path.into(), kind, weight, bias: None }
+    Site { path: path.into(), kind, weight, bias: None, mask: None }
 }
 
 fn linears(paths: &[String], output: Option<&str>) -> Sites {

@@ -4,14 +4,16 @@
 
 use crate::activation::Activation;
 use crate::attention::{mix, padding_mask, split_heads, through};
-use crate::load::{Pretrained, linear, plausible, table};
+use crate::load::{Beside, Pretrained, config_of, linear, plausible, table};
+use crate::masked::{Transform, mask_word, one_mask};
 use crate::ragged::Ragged;
 use crate::{Classes, Classifier, Tokens};
 use burn::module::Module;
 use burn::nn::{Embedding, LayerNorm, LayerNormConfig, Linear};
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_peft_core::{Error, Front, Hidden, HiddenPlace, Scope};
+use burn_peft_core::{Error, Front, Hidden, HiddenPlace, MaskPlace, Scope};
 use serde::Deserialize;
+use std::path::Path;
 
 /// The fields of `config.json` that shape the model, with `transformers`' defaults.
 #[derive(Debug, Clone, Deserialize)]
@@ -31,6 +33,9 @@ pub struct BertConfig {
     pub position_embedding_type: Option<String>,
     #[serde(flatten)]
     pub classes: Classes,
+    /// Number of the `[MASK]`, by the tokenizer's files beside `config.json`.
+    #[serde(skip)]
+    pub mask_word: Option<usize>,
 }
 
 impl Default for BertConfig {
@@ -48,6 +53,7 @@ impl Default for BertConfig {
             initializer_range: 0.02,
             position_embedding_type: None,
             classes: Classes::default(),
+            mask_word: None,
         }
     }
 }
@@ -89,6 +95,7 @@ pub(crate) struct BertEmbeddings {
     #[module(skip)]
     epsilon: f64,
     place: HiddenPlace,
+    mask: MaskPlace,
 }
 
 /// Queries, keys and values.
@@ -149,6 +156,9 @@ pub struct BertModel {
     pooler: BertDense,
 }
 
+/// Where words are embedded, below a classifier.
+const WORDS: &str = "bert.embeddings.word_embeddings";
+
 /// BERT with a classifier on the pooled first token.
 ///
 /// The frozen base runs without its own dropout, in training too: only adapters drop.
@@ -158,6 +168,9 @@ pub struct BertForSequenceClassification {
     classifier: Linear,
     #[module(skip)]
     limits: Limits,
+    /// Of the masked language model that the encoder was, where the checkpoint has it.
+    #[module(skip)]
+    transform: Option<Transform>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -252,6 +265,7 @@ impl BertModel {
                 LayerNorm: norm(config, device),
                 epsilon: config.layer_norm_eps,
                 place: HiddenPlace::new(h),
+                mask: MaskPlace { word: config.mask_word, missing: Transform::tensors() },
             },
             encoder: BertEncoder {
                 layer: (0..config.num_hidden_layers).map(layer).collect::<Result<_, _>>()?,
@@ -363,8 +377,10 @@ impl BertForSequenceClassification {
     /// Refuses what a forward pass with what `cx` lays over it could not take; see [`Tokens::check`].
     ///
     /// # Errors
-    /// As [`Tokens::check`].
+    /// As [`Tokens::check`]; more than one `[MASK]` in front to read the class at, or one whose state is to go through a
+    /// transform that the checkpoint lacks.
     pub fn check(&self, tokens: &Tokens, cx: &Scope<'_>) -> Result<(), Error> {
+        one_mask(&cx.at(WORDS), self.transform.is_some())?;
         let front = BertModel::virtual_tokens(&cx.at("bert"));
         tokens.check(self.limits.vocab, self.limits.positions, front)?;
         let types = self.limits.types;
@@ -377,11 +393,23 @@ impl BertForSequenceClassification {
         }
     }
 
-    /// Logits `[batch, labels]`.
+    /// Logits `[batch, labels]`. The output layer reads the pooled first token, or the state at a `[MASK]` that stands in
+    /// front.
     pub fn forward(&self, tokens: &Tokens, cx: &Scope<'_>) -> Tensor<2> {
         let at = cx.at("bert");
-        let pooled = self.bert.pooled(self.bert.forward(tokens, &at), &at);
-        cx.at("classifier").linear(&self.classifier, pooled)
+        let hidden = self.bert.forward(tokens, &at);
+        let read = match cx.at(WORDS).masks().first() {
+            None => self.bert.pooled(hidden, &at),
+            Some(mask) => {
+                let state = hidden.narrow(1, mask.column, 1); // [b, 1, h]
+                let state = match self.transform.as_ref().filter(|_| mask.transform) {
+                    Some(transform) => transform.forward(state),
+                    None => state,
+                };
+                state.squeeze_dim(1)
+            }
+        };
+        cx.at("classifier").linear(&self.classifier, read)
     }
 }
 
@@ -403,7 +431,29 @@ impl Pretrained for BertForSequenceClassification {
                 positions: config.max_position_embeddings,
                 types: config.type_vocab_size,
             },
+            transform: None,
         })
+    }
+
+    fn read_config(folder: &Path) -> Result<BertConfig, Error> {
+        Ok(BertConfig { mask_word: mask_word(folder)?, ..config_of::<Self>(folder)? })
+    }
+
+    fn beside(&mut self, config: &BertConfig, from: &mut Beside<'_>) -> Result<(), Error> {
+        let transform = Transform {
+            dense: linear(config.hidden_size, config.hidden_size, true, from.device()),
+            LayerNorm: norm(config, from.device()),
+            epsilon: config.layer_norm_eps,
+            activation: Activation::of(&config.hidden_act)?,
+        };
+        match from.read(Transform::PATH, transform)? {
+            Ok(transform) => {
+                self.transform = Some(transform);
+                self.bert.embeddings.mask.missing.clear();
+            }
+            Err(missing) => self.bert.embeddings.mask.missing = missing,
+        }
+        Ok(())
     }
 
     fn initializer_range(config: &BertConfig) -> f64 {

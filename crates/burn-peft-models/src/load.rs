@@ -78,6 +78,16 @@ pub trait Pretrained: Module + ModuleDisplay + Sync + 'static {
         config_of::<Self>(folder)
     }
 
+    /// Takes what the model keeps of a checkpoint beside its own parameters: frozen parts that a forward pass reads only when
+    /// an adapter asks for them. They are no places, are not counted and not written with the model.
+    ///
+    /// # Errors
+    /// Tensors that do not fit.
+    fn beside(&mut self, config: &Self::Config, from: &mut Beside<'_>) -> Result<(), Error> {
+        let _ = (config, from);
+        Ok(())
+    }
+
     /// Loads the model from a folder to the plain `device`. `edit` changes the configuration
     /// first, such as the number of classes. Fresh weights depend on `seed`.
     ///
@@ -110,8 +120,8 @@ pub trait Pretrained: Module + ModuleDisplay + Sync + 'static {
             missing: Vec::new(),
             broken: None,
         };
-        let model = model.map(&mut loader);
-        if let Some(error) = loader.broken {
+        let mut model = model.map(&mut loader);
+        if let Some(error) = loader.broken.take() {
             return Err(error);
         }
         if let Some(first) = loader.missing.first() {
@@ -120,6 +130,7 @@ pub trait Pretrained: Module + ModuleDisplay + Sync + 'static {
                 format!("none ({count} tensors of the model are missing in {})", folder.display());
             return Err(Error::tensor(first, "a tensor of that name", found));
         }
+        model.beside(&config, &mut Beside(&mut loader))?;
         for name in loader.file.names() {
             if !Self::IGNORED.iter().any(|known| name.contains(known)) {
                 log::warn!("{}: tensor `{name}` is not part of the model", folder.display());
@@ -225,6 +236,41 @@ impl ModuleVisitor for Linears {
         if D == 2 && self.stack.last().is_some_and(|(_, linear)| *linear) {
             let names: Vec<&str> = self.stack.iter().map(|(name, _)| name.as_str()).collect();
             self.weights.insert(hf_path(&names));
+        }
+    }
+}
+
+/// A checkpoint whose model is loaded, for what is kept [beside](Pretrained::beside) it.
+pub struct Beside<'a>(&'a mut Loader);
+
+impl Beside<'_> {
+    /// Where the model was loaded to.
+    pub fn device(&self) -> &Device {
+        &self.0.device
+    }
+
+    /// `part` with its tensors, whose names begin with `path`; the full names of those that the checkpoint lacks, if there are
+    /// any.
+    ///
+    /// # Errors
+    /// A tensor that does not fit, with both shapes.
+    pub fn read<M: Module>(
+        &mut self,
+        path: &str,
+        part: M,
+    ) -> Result<Result<M, Vec<String>>, Error> {
+        let mut linears = Linears { stack: vec![(path.to_owned(), false)], ..Linears::default() };
+        part.visit(&mut linears);
+        let loader = &mut *self.0;
+        loader.linears.extend(linears.weights);
+        loader.stack = vec![path.to_owned()];
+        loader.fresh_names = &[];
+        let part = part.map(loader);
+        loader.stack.clear();
+        match loader.broken.take() {
+            Some(error) => Err(error),
+            None if loader.missing.is_empty() => Ok(Ok(part)),
+            None => Ok(Err(std::mem::take(&mut loader.missing))),
         }
     }
 }

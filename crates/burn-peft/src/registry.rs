@@ -123,6 +123,7 @@ methods![
     burn_peft_additive::TinyAttention,
     burn_peft_additive::TrainableTokens,
     burn_peft_additive::Vpt,
+    burn_peft_additive::Warp,
     burn_peft_additive::XPrompt,
     burn_peft_selective::BiasPruning,
     burn_peft_selective::BitFit,

@@ -87,6 +87,7 @@ fn fitting(method: &str) -> &'static str {
         "TINY_ATTENTION" => "--method-option heads=2 --method-option head_dim=4",
         "TRAINABLE_TOKENS" => "--method-option token_indices=[1,2,9]",
         "VBLORA" => "--method-option vector_length=16 --method-option num_vectors=8",
+        "WARP" => "--method-option transform=false",
         "WAVEFT" => "--method-option n_frequency=60",
         _ => "",
     }
@@ -137,6 +138,7 @@ const ONE_PLACE: &[&str] = &[
     "SELECTIVE_PROMPT_TUNING",
     "SMOP",
     "VPT",
+    "WARP",
     "XPROMPT",
 ];
 

@@ -200,6 +200,55 @@ mod resumed {
     }
 }
 
+/// Prompts and a vector for each class are all that is trained and stored: the checkpoint has no head, and needs none.
+#[test]
+fn a_class_is_read_at_a_mask() {
+    let desk = classify();
+    let line = without_targets(CLASSIFY).replace("@models/bert", "@models/bert-mlm");
+    let warp = format!("{line} --method warp");
+    let more = "--num-train-epochs 12 --test-file /test.tsv";
+    for (name, also) in [
+        ("alone", ""),
+        ("with", r#"--also {"peft_type":"LN_TUNING","target_modules":["LayerNorm"]}"#),
+    ] {
+        desk.good(&format!("{warp} {also} {more} --output-dir /{name}"));
+        let summary = desk.json(&format!("{name}/summary.json"));
+        let loss = |when: &str| summary[when]["loss"].as_f64().expect("was measured");
+        assert!(loss("after") < 0.8 * loss("before"), "{name}: {summary}");
+        let with = format!("--model @models/bert-mlm --adapter /{name}");
+        let report = desk.good(&format!("eval {with} --test-file /test.tsv"));
+        let report: Value = serde_json::from_str(&report).expect("is JSON");
+        let far = (report["loss"].as_f64().expect("was measured") - loss("after")).abs();
+        assert!(far < 1e-4, "{name}: {report}, {summary}");
+        let told = desk.good(&format!("predict {with} --text w1"));
+        assert!(told.contains("class"), "{told}");
+    }
+    let bytes = desk.bytes("alone/adapter_model.safetensors");
+    let file = SafeTensors::deserialize(&bytes).expect("is a safetensors file");
+    let mut names = file.names();
+    names.sort();
+    assert_eq!(names, ["base_model.classifier.weight", "prompt_embeddings"]);
+    let shape = |name: &str| file.tensor(name).expect("is there").shape().to_vec();
+    assert_eq!([shape(names[0]), shape(names[1])], [[3, 32], [8, 32]]);
+    assert_eq!(desk.json("alone/summary.json")["trainable_parameters"], json!((3 + 8) * 32));
+
+    refused(&desk, "predict --model @models/bert-mlm --text w1", "no --adapter brings it");
+    let plain = "predict --model @models/bert --adapter /alone --text w1";
+    refused(&desk, plain, "cls.predictions.transform.dense.weight");
+    let merge = "merge --model @models/bert-mlm --adapter /alone --output-dir /merged";
+    refused(&desk, merge, "WARP");
+    let plain = without_targets(CLASSIFY);
+    refused(&desk, &format!("{plain} --method warp --output-dir /no"), "transform = false");
+    let saved = format!("{warp} --modules-to-save classifier --output-dir /no");
+    refused(&desk, &saved, "modules_to_save");
+    let behind = r#"--method ln_tuning --target-modules LayerNorm --also {"peft_type":"WARP"}"#;
+    refused(&desk, &format!("{line} {behind} --output-dir /no"), "give WARP as --method");
+    let speak = without_targets(SPEAK);
+    let speak = format!("{speak} --method warp --output-dir /no");
+    desk.write("train.txt", "w1 w2 w3\n\nw4 w5\n");
+    refused(&desk, &speak, "[MASK]");
+}
+
 #[test]
 fn what_cannot_work_is_refused() {
     let desk = classify();

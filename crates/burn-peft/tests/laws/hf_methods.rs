@@ -137,6 +137,12 @@ fn what_stands_in_front_by_its_formula() {
         |model, cx| values(model.forward(&batch, cx)),
         <[f32]>::to_vec,
     );
+    let masked = check::<BertForSequenceClassification>(
+        "prompts",
+        "bert-mlm",
+        |model, cx| values(model.forward(&batch, cx)),
+        <[f32]>::to_vec,
+    );
     let batch = tokens("llama", false);
     let llama = check::<LlamaForCausalLM>(
         "prompts",
@@ -151,8 +157,9 @@ fn what_stands_in_front_by_its_formula() {
     let everywhere = names(&carried);
     assert_eq!(
         bert,
-        &everywhere | &names(&["APROMPT", "APT", "IDPG", "INFOPROMPT", "PTP", "SMOP"])
+        &everywhere | &names(&["APROMPT", "APT", "IDPG", "INFOPROMPT", "PTP", "SMOP", "WARP"])
     );
+    assert_eq!(masked, names(&["WARP"]));
     // It predicts what it reads.
     let unread = names(&["SELECTIVE_PROMPT_TUNING"]);
     assert_eq!(llama, &(&everywhere - &unread) | &names(&["APROMPT", "APT"]));

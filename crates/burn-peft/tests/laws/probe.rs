@@ -8,8 +8,8 @@ use burn::nn::{
 use burn::tensor::activation::{relu, softmax};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft::core::{
-    Counted, Front, Grid, HIDDEN, Hidden, HiddenPlace, Kind, Method, Names, Passes, Scope,
-    SeenTokens, Sites, Targets, Trained,
+    Counted, Front, Grid, HIDDEN, Hidden, HiddenPlace, Kind, MaskPlace, Method, Names, Passes,
+    Scope, SeenTokens, Sites, Targets, Trained,
 };
 
 const VOCAB: usize = 11;
@@ -34,6 +34,7 @@ struct Step {
 #[derive(Module, Debug)]
 pub(crate) struct Probe {
     words: Embedding,
+    mask: MaskPlace,
     query: Linear,
     block: Block,
     mixer: MixerAttention,
@@ -104,6 +105,7 @@ impl Probe {
         let conv = Conv1dConfig::new(WIDTH, 6, 3).with_padding(PaddingConfig1d::Same);
         let model = Self {
             words: EmbeddingConfig::new(VOCAB, WIDTH).init(device),
+            mask: MaskPlace { word: Some(5), missing: Vec::new() },
             query: LinearConfig::new(WIDTH, WIDTH).init(device),
             block: Block {
                 norm: LayerNormConfig::new(WIDTH).init(device),
@@ -171,7 +173,12 @@ impl Probe {
         let x = cx.at("conv").conv1d(&self.conv, x.swap_dims(1, 2)); // [batch, 6, seq]
         let x = cx.at("image").conv2d(&self.image, x.swap_dims(1, 2).unsqueeze_dim(1));
         let x = cx.at("norm").layer_norm(&self.norm, 1e-5, flat(x));
-        let x = relu(cx.at("mix").linear(&self.mix, x));
+        let mut x = relu(cx.at("mix").linear(&self.mix, x));
+        if let Some(mask) = cx.at("words").masks().first() {
+            // Columns are one less behind the picture.
+            x = x.narrow(1, mask.column, 1);
+            x = if mask.transform { x.tanh() } else { x };
+        }
         cx.at("head").linear(&self.head, x)
     }
 

@@ -1,6 +1,8 @@
 //! What stands in front of a sequence: its own identity law, its places, and what HF PEFT's files hold and
 //! generate.
 
+mod masked;
+
 use crate::hf::{base, device, fixtures, floats, near, open, tokens};
 use crate::probe::{Drawn, values};
 use burn::module::Module;
