@@ -100,12 +100,14 @@ impl Cut {
     }
 
     fn tokens(&self, tokens: &SeenTokens) -> SeenTokens {
-        let [ids, kept] = [&tokens.ids, &tokens.kept].map(|t| t.clone().gather(1, self.chosen.clone()));
-        let (ids, kept) = match self.real.clone() {
-            // As a virtual token has none.
-            Some(real) => (ids * real.clone() + (real.clone() - 1), kept * real),
-            None => (ids, kept),
-        };
+        // Who is none has no id, as a virtual token has none.
+        let [ids, kept] = [(&tokens.ids, -1), (&tokens.kept, 0)].map(|(all, none)| {
+            let own = all.clone().gather(1, self.chosen.clone());
+            match self.real.clone() {
+                Some(real) => own.mask_fill(real.equal_elem(0), none),
+                None => own,
+            }
+        });
         SeenTokens { ids, kept, past: 0, before: None, scores: self.among(tokens.scores.clone()) }
     }
 }
