@@ -91,3 +91,92 @@ pub(crate) fn chosen(
     let at = (has.clone() * columns.expand(shape)).sum_dim(2).squeeze_dim(2);
     (at, seen.map(|_| has.sum_dim(2).squeeze_dim(2)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Device;
+
+    fn ints(tensor: Tensor<2, Int>) -> Vec<i64> {
+        tensor.into_data().convert::<i64>().try_to_vec().expect("is i64")
+    }
+
+    fn floats(tensor: Tensor<2>) -> Vec<f32> {
+        tensor.into_data().try_to_vec().expect("is f32")
+    }
+
+    fn scores() -> Tensor<2> {
+        let rows = [[0.1, 0.9, 0.5, 0.9, 0.2], [3.0, -1.0, 0.0, -1.0, 2.0], [0.0; 5]];
+        Tensor::from_data(rows, &Device::flex())
+    }
+
+    /// Of the last row nothing is seen.
+    fn some() -> Tensor<2, Bool> {
+        let rows = [[true; 5], [false, true, true, true, false], [false; 5]];
+        Tensor::from_data(rows, &Device::flex())
+    }
+
+    #[test]
+    fn the_highest_are_chosen_in_their_order() {
+        let (at, real) = chosen(scores(), None, 2);
+        assert!(real.is_none());
+        assert_eq!(ints(at), [1, 2, 3, 0, 2, 4, 0, 1, 2]);
+        let (at, real) = chosen(scores(), Some(some()), 2);
+        assert_eq!(ints(at), [1, 2, 3, 1, 2, 0, 0, 0, 0]);
+        assert_eq!(ints(real.expect("says so")), [1, 1, 1, 1, 1, 0, 0, 0, 0]);
+        let (at, _) = chosen(scores(), None, 1);
+        assert_eq!(ints(at), [0, 1, 2, 3, 4].repeat(3));
+        let (at, _) = chosen(scores() * f32::NAN, None, 3);
+        assert_eq!(ints(at), [0, 1].repeat(3));
+    }
+
+    #[test]
+    fn a_mask_of_any_shape_says_who_is_seen() {
+        let device = Device::flex();
+        let hides = Tensor::<4>::from_data([[[[0.0, HIDDEN, -3.0]]]], &device);
+        let of = |mask: &Tensor<4>| ints(seen(mask, [2, 3]).int());
+        assert_eq!(of(&hides), [1, 0, 1].repeat(2));
+        let later = Tensor::<4>::full([2, 1, 3, 3], HIDDEN, &device).triu(1);
+        assert_eq!(of(&later), [1; 6]);
+    }
+
+    /// Both duals by turns in f64, over the tokens that are seen.
+    fn by_duals(s: &[f64], k: f64, epsilon: f64, iterations: usize) -> Vec<f64> {
+        let (mut a, mut now) = (0.0, epsilon.max(FROM));
+        let b = |a: f64| s.iter().map(|s| (-(s + a)).min(0.0)).collect::<Vec<f64>>();
+        for round in 0..iterations {
+            if round > 0 {
+                now = (now * FALL).max(epsilon);
+            }
+            let sum: f64 = s.iter().zip(b(a)).map(|(s, b)| ((s + b) / now).exp()).sum();
+            a = now * k.ln() - now * sum.ln();
+        }
+        s.iter().zip(b(a)).map(|(s, b)| ((s + a + b) / now).exp()).collect()
+    }
+
+    #[test]
+    fn a_soft_choice_is_the_dual_ascents() {
+        for (epsilon, iterations) in [(1.0, 20), (0.5, 4), (6.0, 3), (0.3, 200)] {
+            let all = floats(soft_top_k(scores(), None, 2, epsilon, iterations));
+            let few = floats(soft_top_k(scores(), Some(&some()), 2, epsilon, iterations));
+            let rows = [
+                (&all[..5], vec![0.1, 0.9, 0.5, 0.9, 0.2], 3.0),
+                (&all[5..10], vec![3.0, -1.0, 0.0, -1.0, 2.0], 3.0),
+                (&few[6..9], vec![-1.0, 0.0, -1.0], 2.0),
+            ];
+            for (found, s, k) in rows {
+                let expected = by_duals(&s, k, epsilon, iterations);
+                for (found, expected) in found.iter().zip(&expected) {
+                    // A few roundings a round, of numbers up to 4 that are divided by ε.
+                    let bound = 32.0 * f64::from(f32::EPSILON) * iterations as f64 / epsilon.min(1.0);
+                    assert!((f64::from(*found) - expected).abs() <= bound, "{found} and {expected}");
+                    assert!((0.0..=1.0).contains(found));
+                }
+                let sum: f32 = found.iter().sum();
+                assert!(iterations < 200 || (f64::from(sum) - k).abs() < 1e-3, "{sum} of {k}");
+            }
+            assert!(few.iter().all(|lambda| lambda.is_finite()));
+        }
+        assert_eq!(floats(soft_top_k(scores(), None, 1, 1.0, 20)), [1.0; 15]);
+    }
+}

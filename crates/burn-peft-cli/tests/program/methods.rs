@@ -124,6 +124,7 @@ const ONE_PLACE: &[&str] = &[
     "ADAPTION_PROMPT",
     "APROMPT",
     "APT",
+    "CODA",
     "DEPT",
     "IDPG",
     "LPT",
