@@ -18,6 +18,7 @@ import arrow
 import combine
 import data_inits
 import in_front
+import routed
 import methods
 import selective
 import seq2seq
@@ -252,6 +253,7 @@ if __name__ == "__main__":
     other_methods()
     prompts()
     in_front.write()
+    routed.write()
     data_inits.write(ROOT, golden)
     combine.write(ROOT)
     arrow.write(ROOT)

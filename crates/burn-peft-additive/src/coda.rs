@@ -23,8 +23,8 @@ use serde::{Deserialize, Serialize};
 ///
 /// In `F` the attention of the chosen reads all tokens of the row, or the chosen alone. Padding is never chosen and counts
 /// for nothing; virtual tokens are tokens. No token is special: a class token may be left out of a block. What else lies
-/// inside a block reads the chosen as a sequence: a patch has no neighbours there, and a token of `alora` is found
-/// among the chosen only.
+/// inside a block reads the chosen as a sequence: a patch has no neighbours there, and what
+/// looks for a token by its id finds it among the chosen only.
 ///
 /// For each block `w [hidden]`, `D [hidden, m]` and their kin are stacked, `[blocks, ..]`: parameters
 /// `blocks·(2·m·hidden + m + 2·hidden)`. `w` and `D` begin as PyTorch's layers do, `U(±1/√hidden)`, and `U`, `d` and `u` at 0:
@@ -173,7 +173,7 @@ impl Method for Coda {
     fn places<'s>(&self, sites: &'s Sites, _: Strictness) -> Result<Vec<&'s Site>, Error> {
         if let Some(path) = predicted(sites) {
             let reason = "expected a model that does not predict the words it reads, since which tokens a block runs \
-                          for depends on all of them; use an adapter that reads each token alone, as BOTTLENECK does";
+                          for depends on all of them; use an adapter that reads each token alone";
             return Err(Error::place(path, reason));
         }
         match sites.between.iter().find(|site| site.kind == Kind::Blocks) {

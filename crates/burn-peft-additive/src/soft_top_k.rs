@@ -168,8 +168,12 @@ mod tests {
                 let expected = by_duals(&s, k, epsilon, iterations);
                 for (found, expected) in found.iter().zip(&expected) {
                     // A few roundings a round, of numbers up to 4 that are divided by ε.
-                    let bound = 32.0 * f64::from(f32::EPSILON) * iterations as f64 / epsilon.min(1.0);
-                    assert!((f64::from(*found) - expected).abs() <= bound, "{found} and {expected}");
+                    let bound =
+                        32.0 * f64::from(f32::EPSILON) * iterations as f64 / epsilon.min(1.0);
+                    assert!(
+                        (f64::from(*found) - expected).abs() <= bound,
+                        "{found} and {expected}"
+                    );
                     assert!((0.0..=1.0).contains(found));
                 }
                 let sum: f32 = found.iter().sum();

@@ -185,7 +185,8 @@ impl<'a> Scope<'a> {
                 _ => added,
             })
         };
-        let added = self.laid().into_iter().filter_map(weighted).reduce(|sum, added| sum + added)?;
+        let added =
+            self.laid().into_iter().filter_map(weighted).reduce(|sum, added| sum + added)?;
         let Some(cut) = &self.cut else { return Some(added.unsqueeze()) };
         let own = cut.rows(added.unsqueeze());
         let own = if cut.reads_all { own } else { cut.columns(own) };

@@ -175,7 +175,8 @@ impl ViTLayer {
             Whole { x, cx: whole.cx.at("attention.attention") }
         });
         let normed = norm("layernorm_before", &self.layernorm_before, x.clone()); // [b, s, h]
-        let mixed = self.attention.attention.forward(normed, all, mask, &cx.at("attention.attention"));
+        let mixed =
+            self.attention.attention.forward(normed, all, mask, &cx.at("attention.attention"));
         let h = self.attention.output.forward(mixed, x.clone(), &cx.at("attention.output"));
         let normed = norm("layernorm_after", &self.layernorm_after, h.clone());
         let wide = cx.at("intermediate.dense").linear(&self.intermediate.dense, normed);

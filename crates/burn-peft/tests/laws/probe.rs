@@ -189,7 +189,8 @@ impl Probe {
             scores.resize(x.dims()[1], 0.0);
             row(&scores, &ids.device())
         });
-        let block = |x, whole: Option<&Whole<'_>>, mask, cx: &Scope<'_>| self.block(x, whole, mask, cx);
+        let block =
+            |x, whole: Option<&Whole<'_>>, mask, cx: &Scope<'_>| self.block(x, whole, mask, cx);
         let x = carried.after(cx.at("stack").routed(0, x, mask, &cx, block));
         let x = cx.at("conv").conv1d(&self.conv, x.swap_dims(1, 2)); // [batch, 6, seq]
         let x = cx.at("image").conv2d(&self.image, x.swap_dims(1, 2).unsqueeze_dim(1));
@@ -214,7 +215,8 @@ impl Probe {
         };
         let read = x.clone();
         let x = first(x, cx);
-        let all = whole.map(|all| Whole { x: first(all.x.clone(), &all.cx), cx: all.cx.at("mixer") });
+        let all =
+            whole.map(|all| Whole { x: first(all.x.clone(), &all.cx), cx: all.cx.at("mixer") });
         let x = x.clone() + self.mixer.forward(x, all, mask, &cx.at("mixer"));
         cx.block("stack", 0).hidden(Hidden::block(read, x))
     }

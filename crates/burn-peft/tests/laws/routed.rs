@@ -119,7 +119,8 @@ fn rows_are_rows_alone() {
     let model: Bert = base("bert");
     let (sites, batch) = (sites(&model), tokens("bert", true));
     let lora = trained(&sites, &Lora::new(2, 4.0, Targets::list(["query", "value", "dense"])), 1);
-    let attention = trained(&sites, &TinyAttention::new(2, 3, Targets::list(["attention.output"])), 2);
+    let attention =
+        trained(&sites, &TinyAttention::new(2, 3, Targets::list(["attention.output"])), 2);
     let aprompt = trained(&sites, &APrompt { max_length: 7, ..APrompt::new(3, 2, 4) }, 3);
     let vpt = trained(&sites, &Vpt::deep(2), 4);
     for way in BOTH {
@@ -215,9 +216,12 @@ fn effects_add_up() {
     assert_eq!([first, second], [0, 0]);
     assert_ne!(one, two);
     let plain = values(frozen(x.clone()));
-    for (a, b, times) in [(0.5, 0.5, 0), (0.75, 0.5, 1), (1.0, 1.0, 1), (0.0, 0.4, 1), (1.0, 0.0, 0)] {
+    for (a, b, times) in
+        [(0.5, 0.5, 0), (0.75, 0.5, 1), (1.0, 1.0, 1), (0.0, 0.4, 1), (1.0, 0.0, 0)]
+    {
         let (found, full) = run(&bank.mix(&[("one", a), ("two", b)]).expect("are held"));
-        let sum = |((f, one), two): ((&f32, &f32), &f32)| f + a as f32 * (one - f) + b as f32 * (two - f);
+        let sum =
+            |((f, one), two): ((&f32, &f32), &f32)| f + a as f32 * (one - f) + b as f32 * (two - f);
         let expected: Vec<f32> = plain.iter().zip(&one).zip(&two).map(sum).collect();
         close(&found, &expected, &format!("{a} and {b}"));
         assert_eq!(full, times, "{a} and {b}");
