@@ -18,8 +18,8 @@ import arrow
 import combine
 import data_inits
 import in_front
-import routed
 import methods
+import routed
 import selective
 import seq2seq
 import tiny
