@@ -19,6 +19,7 @@ import combine
 import data_inits
 import in_front
 import methods
+import routed
 import selective
 import seq2seq
 import tiny
@@ -254,6 +255,7 @@ if __name__ == "__main__":
     other_methods()
     prompts()
     in_front.write()
+    routed.write()
     data_inits.write(ROOT, golden)
     combine.write(ROOT)
     arrow.write(ROOT)

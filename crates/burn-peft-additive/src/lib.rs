@@ -6,6 +6,7 @@ mod adapterhub;
 mod adaption_prompt;
 mod beft;
 mod bottleneck;
+mod coda;
 mod compacter;
 mod convpass;
 mod fields;
@@ -41,6 +42,7 @@ mod prompt_xprompt_policy;
 mod reft;
 mod repadapter;
 mod scale_shift;
+mod soft_top_k;
 mod source;
 mod sparse_adapter;
 mod ssf;
@@ -55,6 +57,7 @@ pub use beft::{Beft, BeftAdapter};
 pub use bottleneck::{
     Bottleneck, BottleneckAdapter, BottleneckInit, OwnNorm, Scaling, TrainedScaling,
 };
+pub use coda::{Coda, CodaAttention, ConditionalAdapters};
 pub use compacter::{Compacter, CompacterAdapter, Phm};
 pub use convpass::{Convpass, ConvpassAdapter};
 pub use hadamard::Hadamard;

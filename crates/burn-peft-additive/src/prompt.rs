@@ -119,18 +119,23 @@ pub(crate) fn words_to_read(sites: &Sites) -> Result<Vec<&Site>, Error> {
 
 /// Refuses a model that predicts the words it reads: none may know of them before.
 pub(crate) fn unread(sites: &Sites) -> Result<(), Error> {
-    let words = sites.all.iter().find(|site| site.kind == Kind::Embedding);
-    let Some(vocabulary) = words.map(Site::fan_in) else { return Ok(()) };
-    // An output that is no layer of its own is the embedding once more.
-    let head = |path: &String| sites.get(path).map_or(vocabulary, Site::fan_out);
-    match &sites.output {
-        Some(path) if head(path) == vocabulary => {
+    match predicted(sites) {
+        Some(path) => {
             let reason = "expected a model that does not predict the words it reads, since each virtual token is made \
                           of all of them; use a prompt that is the same for every row";
             Err(Error::place(path, reason))
         }
-        _ => Ok(()),
+        None => Ok(()),
     }
+}
+
+/// The output of a model that predicts the words it reads.
+pub(crate) fn predicted(sites: &Sites) -> Option<&String> {
+    let words = sites.all.iter().find(|site| site.kind == Kind::Embedding);
+    let vocabulary = words.map(Site::fan_in)?;
+    // An output that is no layer of its own is the embedding once more.
+    let head = |path: &String| sites.get(path).map_or(vocabulary, Site::fan_out);
+    sites.output.as_ref().filter(|path| head(path) == vocabulary)
 }
 
 /// 1 for a token of the sequence's own and 0 for padding and virtual ones, `[batch, seq, 1]`, for states

@@ -1,6 +1,6 @@
 //! The two faces of a difference: on activations ([`Adapter`]) and on parameters ([`Fold`]).
 
-use crate::{Hidden, Mask, SeenTokens};
+use crate::{Hidden, Mask, Routed, SeenTokens};
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Embedding, Linear};
 use burn::tensor::{Int, Tensor};
@@ -141,6 +141,14 @@ pub trait Adapter: Debug + Send + Sync {
     /// An attention to the output of an encoder is not asked. Who answers must [stand in front](Adapter::virtual_tokens)
     /// as well: rows of a batch cannot have their own, and [`Bank::rows`](crate::Bank::rows) refuses it by that.
     fn products(&self, rows: usize, total: usize) -> Option<Tensor<2>> {
+        None
+    }
+
+    /// For which tokens alone block number `block` of the model is run, of those whose states `x [batch, seq, hidden]` it is
+    /// about to read, and what all of them get beside it; `None`: for all. `mask [batch or 1, 1, seq or 1, seq]` is what the
+    /// block adds to the score of each pair: [`HIDDEN`](crate::HIDDEN) where the one must not see the other. What lies
+    /// inside the block reads the chosen tokens as a sequence. Asked by models whose tokens all see each other.
+    fn routed(&self, block: usize, x: &Tensor<3>, mask: Option<&Tensor<4>>) -> Option<Routed> {
         None
     }
 

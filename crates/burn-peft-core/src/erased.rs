@@ -2,7 +2,7 @@
 //! a method.
 
 use crate::policy::Made;
-use crate::{Adapter, Adapters, Guide, Hidden, Mask, Overlay, Passes, Policy, SeenTokens};
+use crate::{Adapter, Adapters, Guide, Hidden, Mask, Overlay, Passes, Policy, Routed, SeenTokens};
 use burn::module::{
     Content, Devices, Flag, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper,
     ModuleVisitor, Param,
@@ -407,6 +407,10 @@ impl Adapter for AnyAdapter {
 
     fn products(&self, rows: usize, total: usize) -> Option<Tensor<2>> {
         self.0.products(rows, total)
+    }
+
+    fn routed(&self, block: usize, x: &Tensor<3>, mask: Option<&Tensor<4>>) -> Option<Routed> {
+        self.0.routed(block, x, mask)
     }
 
     fn norm(&self) -> (Option<Tensor<1>>, Option<Tensor<1>>) {

@@ -36,6 +36,7 @@ mod policy;
 mod product;
 mod quantize;
 mod riemannian;
+mod routed;
 mod scope;
 mod several;
 mod shared;
@@ -70,6 +71,7 @@ pub use quantize::quantize;
 /// What [`Method::init`] draws with.
 pub use rand;
 pub use riemannian::ridge_inverse;
+pub use routed::{Routed, Whole};
 pub use scope::{Front, HIDDEN, Scope};
 pub use several::{LIST_FILE, Unwritten, adapter_folders, save_together};
 pub use site::{Kind, Site, Sites, Value, as_matrix, from_matrix, hf_component, hf_path};

@@ -1,5 +1,6 @@
 //! Where a forward pass is and what lies over it.
 
+use crate::routed::Cut;
 use crate::sum::{Read, States, sum};
 use crate::{Adapter, Carried, Grid, Hidden, Laid, Mask, Overlay, SeenTokens, Strength};
 use burn::module::Param;
@@ -7,6 +8,7 @@ use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Embedding, LayerNorm, Linear, RmsNorm};
 use burn::tensor::{Int, Tensor};
 use burn_peft_kernels as kernels;
+use std::sync::Arc;
 
 /// What is added to the score of a pair that must not see each other: finite, so that a row of padding
 /// stays a number.
@@ -30,8 +32,10 @@ pub struct Front<const N: usize> {
 pub struct Scope<'a> {
     overlay: &'a dyn Overlay,
     path: String,
-    tokens: Option<SeenTokens>,
-    grid: Option<Grid>,
+    pub(crate) tokens: Option<SeenTokens>,
+    pub(crate) grid: Option<Grid>,
+    /// Which of a sequence's tokens are here, where these are some.
+    pub(crate) cut: Option<Arc<Cut>>,
 }
 
 impl std::fmt::Debug for Scope<'_> {
@@ -43,12 +47,12 @@ impl std::fmt::Debug for Scope<'_> {
 impl<'a> Scope<'a> {
     /// At the root of a model with `overlay` over it.
     pub fn new(overlay: &'a dyn Overlay) -> Self {
-        Self { overlay, path: String::new(), tokens: None, grid: None }
+        Self { overlay, path: String::new(), tokens: None, grid: None, cut: None }
     }
 
     /// The plain model.
     pub fn plain() -> Scope<'static> {
-        Scope { overlay: &(), path: String::new(), tokens: None, grid: None }
+        Scope { overlay: &(), path: String::new(), tokens: None, grid: None, cut: None }
     }
 
     /// One level down. Names are those of the Hugging Face checkpoint; `name` may hold dots.
@@ -59,7 +63,8 @@ impl<'a> Scope<'a> {
             path.push('.');
         }
         path.push_str(name);
-        Self { overlay: self.overlay, path, tokens: self.tokens.clone(), grid: self.grid }
+        let (tokens, cut) = (self.tokens.clone(), self.cut.clone());
+        Self { overlay: self.overlay, path, tokens, grid: self.grid, cut }
     }
 
     /// The same place, in a pass that reads these tokens: what lies over hidden states and linear layers may ask
@@ -83,7 +88,7 @@ impl<'a> Scope<'a> {
         &self.path
     }
 
-    fn laid(&self) -> Vec<Laid<'a>> {
+    pub(crate) fn laid(&self) -> Vec<Laid<'a>> {
         let mut laid = Vec::new();
         self.overlay.at(&self.path, &mut laid);
         laid
@@ -213,18 +218,6 @@ impl<'a> Scope<'a> {
     /// each `[batch, n, width]`.
     pub fn prefix(&self, x: &Tensor<3>) -> Option<Front<2>> {
         asked(self.laid(), x, |adapter| adapter.prefix(x, self.tokens.as_ref()))
-    }
-
-    /// What is added to the products of an attention's queries and keys, `[rows, total]`; see [`Adapter::products`].
-    pub fn products(&self, rows: usize, total: usize) -> Option<Tensor<2>> {
-        let weighted = |laid: Laid<'_>| {
-            let added = laid.adapter.products(rows, total)?;
-            Some(match laid.strength {
-                Strength::Scale(w) if w != 1.0 => added * w,
-                _ => added,
-            })
-        };
-        self.laid().into_iter().filter_map(weighted).reduce(|sum, added| sum + added)
     }
 
     /// What stands in front of the states that the blocks of the list at this path read.

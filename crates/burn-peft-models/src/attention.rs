@@ -1,7 +1,7 @@
 //! Heads and masks of attention.
 
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_peft_core::{Front, HIDDEN, Scope};
+use burn_peft_core::{Front, HIDDEN, Scope, Whole};
 use burn_peft_kernels::{attention, composed};
 
 /// `[batch, seq, heads · d]` → `[batch, heads, seq, d]`.
@@ -46,17 +46,18 @@ pub(crate) fn mix(
     composed::attention(q, k, v, Some(scores))
 }
 
-/// What `cx` adds to the products of queries and keys, `[1, 1, rows, front + total]`: nothing to the `front`.
+/// What `cx` adds to the products of queries and keys, `[batch or 1, 1, rows, front + total]`: nothing to the `front`.
 pub(crate) fn added(cx: &Scope<'_>, [rows, total]: [usize; 2], front: usize) -> Option<Tensor<4>> {
     let own = cx.products(rows, total)?;
     let all = match front {
         0 => own,
         _ => {
-            let none = Tensor::zeros([rows, front], (&own.device().inner(), own.dtype()));
-            Tensor::cat(vec![none, own], 1)
+            let [batch, rows, _] = own.dims();
+            let none = Tensor::zeros([batch, rows, front], (&own.device().inner(), own.dtype()));
+            Tensor::cat(vec![none, own], 2)
         }
     };
-    Some(all.unsqueeze())
+    Some(all.unsqueeze_dim(1))
 }
 
 /// The mask of `total` columns with those in front of them that have these scores.
@@ -76,25 +77,30 @@ pub(crate) fn columns_behind(
 }
 
 /// Puts `x [batch, seq, hidden]` through the blocks of an encoder, the list "layer" below `cx`, with what stands in front
-/// of each: `forward(block, x, mask, cx)` is one of them, whose tokens see all that `mask` does not hide.
+/// of each, and each for all tokens or for some: `forward(block, x, whole, mask, cx)` is one of them, whose tokens see all
+/// that `mask` does not hide, and whose keys and values are those of the `whole` where there is one.
 pub(crate) fn through<L>(
     blocks: &[L],
     mut x: Tensor<3>,
     mask: Option<&Tensor<4>>,
     cx: &Scope<'_>,
-    forward: impl Fn(&L, Tensor<3>, Option<Tensor<4>>, &Scope<'_>) -> Tensor<3>,
+    forward: impl Fn(&L, Tensor<3>, Option<&Whole<'_>>, Option<Tensor<4>>, &Scope<'_>) -> Tensor<3>,
 ) -> Tensor<3> {
-    let mut carried = cx.at("layer").carried();
+    let list = cx.at("layer");
+    let mut carried = list.carried();
     for (index, block) in blocks.iter().enumerate() {
         let (at, mask) = (cx.block("layer", index), mask.cloned());
+        let run = |x: Tensor<3>, whole: Option<&Whole<'_>>, mask, cx: &Scope<'_>| {
+            forward(block, x, whole, mask, cx)
+        };
         let Some(Front { parts: [tokens], scores }) = carried.before(index, &x) else {
-            x = forward(block, x, mask, &at);
+            x = list.routed(index, x, mask, &at, run);
             continue;
         };
         let ([_, seq, _], device) = (x.dims(), x.device().inner());
         let mask = columns_behind(&scores, mask, seq, &device);
         let at = at.behind(scores.len(), mask.clone());
-        x = carried.after(forward(block, Tensor::cat(vec![tokens, x], 1), mask, &at));
+        x = carried.after(list.routed(index, Tensor::cat(vec![tokens, x], 1), mask, &at, run));
     }
     x
 }

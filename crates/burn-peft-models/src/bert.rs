@@ -11,7 +11,7 @@ use crate::{Classes, Classifier, Tokens};
 use burn::module::Module;
 use burn::nn::{Embedding, LayerNorm, LayerNormConfig, Linear};
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_peft_core::{Error, Front, Hidden, HiddenPlace, MaskPlace, Scope};
+use burn_peft_core::{Error, Front, Hidden, HiddenPlace, MaskPlace, Scope, Whole};
 use serde::Deserialize;
 use std::path::Path;
 
@@ -203,25 +203,31 @@ fn norm(config: &BertConfig, device: &Device) -> LayerNorm {
 }
 
 impl BertLayer {
-    /// `x [batch, seq, hidden]`, or `[1, tokens, hidden]` of a batch without its padding.
+    /// `x [batch, seq, hidden]`, or `[1, tokens, hidden]` of a batch without its padding; keys and values are those of the
+    /// `whole` where there is one.
     fn forward(
         &self,
         x: Tensor<3>,
+        whole: Option<&Whole<'_>>,
         mask: Option<Tensor<4>>,
         ragged: Option<&Ragged>,
         cx: &Scope<'_>,
     ) -> Tensor<3> {
         let (own, at) = (&self.attention.self_, cx.at("attention.self"));
+        let (all, there) = match whole {
+            Some(whole) => (whole.x.clone(), whole.cx.at("attention.self")),
+            None => (x.clone(), at.clone()),
+        };
         let q = at.at("query").linear(&own.query, x.clone()); // [b, s, h]
-        let k = at.at("key").linear(&own.key, x.clone());
-        let v = at.at("value").linear(&own.value, x.clone());
+        let k = there.at("key").linear(&own.key, all.clone());
+        let v = there.at("value").linear(&own.value, all.clone());
         let rows = |part| match ragged {
             Some(ragged) => ragged.unpack(part),
             None => part,
         };
         let read = split_heads(q.clone(), own.heads); // as `x` lies
         let [q, k, v] = [q, k, v].map(|part| split_heads(rows(part), own.heads)); // [b, n, s, d]
-        let mixed = mix(&at, q, [k, v], mask, at.prefix(&x));
+        let mixed = mix(&at, q, [k, v], mask, there.prefix(&all));
         let mixed = match ragged {
             Some(ragged) => ragged.pack(mixed),
             None => mixed,
@@ -325,9 +331,10 @@ impl BertModel {
             None => (x, &reading),
         };
         let mask = mask.as_ref();
-        let y = through(&self.encoder.layer, x, mask, &cx.at("encoder"), |layer, x, mask, cx| {
-            layer.forward(x, mask, ragged.as_ref(), cx)
-        });
+        let layer = |layer: &BertLayer, x, whole: Option<&Whole<'_>>, mask, cx: &Scope<'_>| {
+            layer.forward(x, whole, mask, ragged.as_ref(), cx)
+        };
+        let y = through(&self.encoder.layer, x, mask, &cx.at("encoder"), layer);
         match &ragged {
             Some(ragged) => ragged.unpack(y),
             None => y,

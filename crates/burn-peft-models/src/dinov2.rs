@@ -9,7 +9,7 @@ use crate::{Classes, Classifier, Images};
 use burn::module::{Module, Param};
 use burn::nn::{Initializer, LayerNorm, Linear};
 use burn::tensor::{Device, Tensor};
-use burn_peft_core::{Error, Hidden, HiddenPlace, Scope};
+use burn_peft_core::{Error, Hidden, HiddenPlace, Scope, Whole};
 use serde::Deserialize;
 
 /// The fields of `config.json` that shape the model, with `transformers`' defaults.
@@ -187,11 +187,23 @@ impl Dinov2Layer {
         })
     }
 
-    fn forward(&self, x: Tensor<3>, mask: Option<Tensor<4>>, cx: &Scope<'_>) -> Tensor<3> {
+    /// `x [batch, seq, hidden]`; keys and values are those of the `whole` where there is one.
+    fn forward(
+        &self,
+        x: Tensor<3>,
+        whole: Option<&Whole<'_>>,
+        mask: Option<Tensor<4>>,
+        cx: &Scope<'_>,
+    ) -> Tensor<3> {
         let norm = |name: &str, layer, x| cx.at(name).layer_norm(layer, self.epsilon, x);
+        let all = whole.map(|whole| {
+            let at = whole.cx.at("norm1");
+            let x = at.layer_norm(&self.norm1, self.epsilon, whole.x.clone());
+            Whole { x, cx: whole.cx.at("attention.attention") }
+        });
         let normed = norm("norm1", &self.norm1, x.clone()); // [b, s, h]
         let own = &self.attention;
-        let mixed = own.attention.forward(normed, mask, &cx.at("attention.attention"));
+        let mixed = own.attention.forward(normed, all, mask, &cx.at("attention.attention"));
         let y = cx.at("attention.output.dense").linear(&own.output.dense, mixed);
         let h = self.layer_scale1.forward(y, x.clone(), &cx.at("layer_scale1"));
         let normed = norm("norm2", &self.norm2, h.clone());

@@ -6,7 +6,7 @@ use burn::module::{Module, Param};
 use burn::nn::conv::{Conv2d, Conv2dConfig};
 use burn::nn::{Initializer, LayerNorm, LayerNormConfig, Linear};
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_peft_core::{Error, Grid, Hidden, HiddenPlace, Scope};
+use burn_peft_core::{Error, Grid, Hidden, HiddenPlace, Scope, Whole};
 
 /// The sizes by which they differ.
 #[derive(Debug, Clone, Copy)]
@@ -170,18 +170,20 @@ impl ViTSelfAttention {
         Self { query: part(), key: part(), value: part(), heads: sizes.heads }
     }
 
-    /// What it mixes out of the normed stream `x [batch, seq, hidden]`.
+    /// What it mixes for the normed stream `x [batch, seq, hidden]`, out of that or of the normed `whole`.
     pub(crate) fn forward(
         &self,
         x: Tensor<3>,
+        whole: Option<Whole<'_>>,
         mask: Option<Tensor<4>>,
         cx: &Scope<'_>,
     ) -> Tensor<3> {
+        let all = whole.unwrap_or_else(|| Whole { x: x.clone(), cx: cx.clone() });
         let q = cx.at("query").linear(&self.query, x.clone());
-        let k = cx.at("key").linear(&self.key, x.clone());
-        let v = cx.at("value").linear(&self.value, x.clone());
+        let k = all.cx.at("key").linear(&self.key, all.x.clone());
+        let v = all.cx.at("value").linear(&self.value, all.x.clone());
         let [q, k, v] = [q, k, v].map(|part| split_heads(part, self.heads)); // [b, n, s, d]
-        let mixed = mix(cx, q.clone(), [k, v], mask, cx.prefix(&x));
+        let mixed = mix(cx, q.clone(), [k, v], mask, all.cx.prefix(&all.x));
         cx.attention(&x, &q, &self.key, &self.value, mixed)
     }
 }

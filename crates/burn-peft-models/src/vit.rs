@@ -8,7 +8,7 @@ use crate::{Classes, Classifier, Images};
 use burn::module::Module;
 use burn::nn::{LayerNorm, Linear};
 use burn::tensor::{Device, Tensor};
-use burn_peft_core::{Error, Hidden, HiddenPlace, Scope};
+use burn_peft_core::{Error, Hidden, HiddenPlace, Scope, Whole};
 use serde::Deserialize;
 
 /// The fields of `config.json` that shape the model, with `transformers`' defaults.
@@ -160,10 +160,23 @@ impl ViTLayer {
         })
     }
 
-    fn forward(&self, x: Tensor<3>, mask: Option<Tensor<4>>, cx: &Scope<'_>) -> Tensor<3> {
+    /// `x [batch, seq, hidden]`; keys and values are those of the `whole` where there is one.
+    fn forward(
+        &self,
+        x: Tensor<3>,
+        whole: Option<&Whole<'_>>,
+        mask: Option<Tensor<4>>,
+        cx: &Scope<'_>,
+    ) -> Tensor<3> {
         let norm = |name: &str, layer, x| cx.at(name).layer_norm(layer, self.epsilon, x);
+        let all = whole.map(|whole| {
+            let at = whole.cx.at("layernorm_before");
+            let x = at.layer_norm(&self.layernorm_before, self.epsilon, whole.x.clone());
+            Whole { x, cx: whole.cx.at("attention.attention") }
+        });
         let normed = norm("layernorm_before", &self.layernorm_before, x.clone()); // [b, s, h]
-        let mixed = self.attention.attention.forward(normed, mask, &cx.at("attention.attention"));
+        let mixed =
+            self.attention.attention.forward(normed, all, mask, &cx.at("attention.attention"));
         let h = self.attention.output.forward(mixed, x.clone(), &cx.at("attention.output"));
         let normed = norm("layernorm_after", &self.layernorm_after, h.clone());
         let wide = cx.at("intermediate.dense").linear(&self.intermediate.dense, normed);

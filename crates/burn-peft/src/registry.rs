@@ -96,6 +96,7 @@ methods![
     burn_peft_additive::Apt,
     burn_peft_additive::Beft,
     burn_peft_additive::Bottleneck,
+    burn_peft_additive::Coda,
     burn_peft_additive::Compacter,
     burn_peft_additive::Convpass,
     burn_peft_additive::DePt,

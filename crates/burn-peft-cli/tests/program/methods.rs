@@ -125,6 +125,7 @@ const ONE_PLACE: &[&str] = &[
     "ADAPTION_PROMPT",
     "APROMPT",
     "APT",
+    "CODA",
     "DEPT",
     "IDPG",
     "INFOPROMPT",

@@ -122,14 +122,36 @@ fn methods_over_hidden_states() {
     check_both("hidden", named.0);
 }
 
+/// Of a model of images.
+fn look<M: Classifier<Input = Images>>(kind: &str, name: &str) -> BTreeSet<String> {
+    let images = crate::vision::images(name);
+    let forward = |model: &M, cx: &Scope<'_>| values(model.forward(&images, cx));
+    check::<M>(kind, name, forward, <[f32]>::to_vec)
+}
+
+fn names(names: &[&str]) -> BTreeSet<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
+}
+
+/// With the numbers of the paper's formula in PyTorch (`interop/routed.py`), where each row goes alone.
+#[test]
+fn blocks_for_some_tokens_by_their_formula() {
+    let batch = tokens("bert", true);
+    let bert = check::<BertForSequenceClassification>(
+        "routed",
+        "bert",
+        |model, cx| values(model.forward(&batch, cx)),
+        <[f32]>::to_vec,
+    );
+    let all = names(&["CODA"]);
+    assert_eq!(bert, all);
+    assert_eq!(look::<ViTForImageClassification>("routed", "vit"), all);
+    assert_eq!(look::<Dinov2ForImageClassification>("routed", "dinov2"), all);
+}
+
 /// With the numbers of the papers' formulas in PyTorch (`interop/in_front.py`), on models of text and of images.
 #[test]
 fn what_stands_in_front_by_its_formula() {
-    fn look<M: Classifier<Input = Images>>(name: &str) -> BTreeSet<String> {
-        let images = crate::vision::images(name);
-        let forward = |model: &M, cx: &Scope<'_>| values(model.forward(&images, cx));
-        check::<M>("prompts", name, forward, <[f32]>::to_vec)
-    }
     let batch = tokens("bert", true);
     let bert = check::<BertForSequenceClassification>(
         "prompts",
@@ -150,9 +172,6 @@ fn what_stands_in_front_by_its_formula() {
         |model, cx| values(model.forward(&batch, cx)),
         |all| kept(all, &batch),
     );
-    let names = |names: &[&str]| -> BTreeSet<String> {
-        names.iter().map(|name| (*name).to_owned()).collect()
-    };
     let carried = ["LPT", "PREFIX_PROPAGATION", "SELECTIVE_PROMPT_TUNING", "VPT"];
     let everywhere = names(&carried);
     assert_eq!(
@@ -163,6 +182,6 @@ fn what_stands_in_front_by_its_formula() {
     // It predicts what it reads.
     let unread = names(&["SELECTIVE_PROMPT_TUNING"]);
     assert_eq!(llama, &(&everywhere - &unread) | &names(&["APROMPT", "APT"]));
-    assert_eq!(look::<ViTForImageClassification>("vit"), everywhere);
-    assert_eq!(look::<Dinov2ForImageClassification>("dinov2"), everywhere);
+    assert_eq!(look::<ViTForImageClassification>("prompts", "vit"), everywhere);
+    assert_eq!(look::<Dinov2ForImageClassification>("prompts", "dinov2"), everywhere);
 }

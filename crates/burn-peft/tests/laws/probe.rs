@@ -9,7 +9,7 @@ use burn::tensor::activation::{relu, softmax};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft::core::{
     Counted, Front, Grid, HIDDEN, Hidden, HiddenPlace, Kind, MaskPlace, Method, Names, Passes,
-    Scope, SeenTokens, Sites, Targets, Trained,
+    Scope, SeenTokens, Sites, Targets, Trained, Whole,
 };
 
 const VOCAB: usize = 11;
@@ -23,7 +23,7 @@ pub(crate) struct Block {
     place: HiddenPlace,
 }
 
-/// The one block of a list of them: what lies between the words and the convolutions.
+/// The one block of a list of them: what lies between the words and the convolutions, by [`Probe::block`].
 #[derive(Module, Debug)]
 struct Step {
     place: HiddenPlace,
@@ -59,19 +59,21 @@ fn heads(x: Tensor<3>) -> Tensor<4> {
     x.reshape([batch, seq, 2, width / 2]).swap_dims(1, 2)
 }
 
-/// `softmax(q·kᵀ + scores)·v` beside a score of 0 that has no value, so that a bias of all keys counts;
-/// `scores [total]`, and what is `added` to those of each pair, `[seq, total]`.
+/// `softmax(q·kᵀ + mask)·v` beside a score of 0 that has no value, so that a bias of all keys counts; `mask [batch or 1, 1,
+/// 1, total]`, and what is `added` to the score of each pair, `[batch or 1, seq, total]`.
 fn mixed(
     q: &Tensor<4>,
     [k, v]: [Tensor<3>; 2],
-    scores: Vec<f32>,
-    added: Option<Tensor<2>>,
+    mask: Option<Tensor<4>>,
+    added: Option<Tensor<3>>,
 ) -> Tensor<3> {
     let [batch, _, seq, _] = q.dims();
-    let scores = Tensor::<1>::from_data(scores.as_slice(), &q.device().inner());
-    let mut scores = q.clone().matmul(heads(k).swap_dims(2, 3)) + scores.unsqueeze();
+    let mut scores = q.clone().matmul(heads(k).swap_dims(2, 3));
+    if let Some(mask) = mask {
+        scores = scores + mask;
+    }
     if let Some(added) = added {
-        scores = scores + added.unsqueeze();
+        scores = scores + added.unsqueeze_dim::<4>(1);
     }
     let [_, heads_of, _, total] = scores.dims();
     let beside = Tensor::zeros([batch, heads_of, seq, 1], &q.device().inner());
@@ -79,22 +81,41 @@ fn mixed(
     weights.matmul(heads(v)).swap_dims(1, 2).reshape([batch, seq, WIDTH])
 }
 
+/// Scores of columns as a mask, `[1, 1, 1, n]`.
+fn row(scores: &[f32], device: &Device) -> Tensor<4> {
+    let data = TensorData::new(scores.to_vec(), [1, 1, 1, scores.len()]);
+    Tensor::from_data(data, &device.clone().inner())
+}
+
 impl MixerAttention {
-    /// `front` are the scores of virtual tokens in `x`.
-    fn forward(&self, x: Tensor<3>, front: &[f32], cx: &Scope<'_>) -> Tensor<3> {
-        let mut k = cx.at("key").linear(&self.key, x.clone());
-        let mut v = cx.at("value").linear(&self.value, x.clone());
-        let ([_, seq, _], mut scores) = (x.dims(), front.to_vec());
-        scores.resize(seq, 0.0);
-        let mut added = cx.products(seq, seq);
-        if let Some(Front { parts: [keys, values], scores: own }) = cx.prefix(&x) {
+    /// Reads `x`, and `all` where these are more.
+    fn forward(
+        &self,
+        x: Tensor<3>,
+        all: Option<Whole<'_>>,
+        mask: Option<Tensor<4>>,
+        cx: &Scope<'_>,
+    ) -> Tensor<3> {
+        let all = all.unwrap_or_else(|| Whole { x: x.clone(), cx: cx.clone() });
+        let mut k = all.cx.at("key").linear(&self.key, all.x.clone());
+        let mut v = all.cx.at("value").linear(&self.value, all.x.clone());
+        let ([_, seq, _], [_, total, _], mut mask) = (x.dims(), all.x.dims(), mask);
+        let mut added = cx.products(seq, total);
+        if let Some(Front { parts: [keys, values], scores: own }) = all.cx.prefix(&all.x) {
             (k, v) = (Tensor::cat(vec![keys, k], 1), Tensor::cat(vec![values, v], 1));
-            let none = Tensor::zeros([seq, own.len()], &x.device().inner());
-            added = added.map(|added| Tensor::cat(vec![none, added], 1));
-            scores = [own, scores].concat();
+            added = added.map(|added| {
+                let [batch, ..] = added.dims();
+                let none = Tensor::zeros([batch, seq, own.len()], &x.device().inner());
+                Tensor::cat(vec![none, added], 2)
+            });
+            let device = &x.device();
+            let rest = mask.unwrap_or_else(|| row(&vec![0.0; total], device));
+            let [batch, ..] = rest.dims();
+            let front = row(&own, device).expand([batch, 1, 1, own.len()]);
+            mask = Some(Tensor::cat(vec![front, rest], 3));
         }
         let q = heads(x.clone());
-        let y = mixed(&q, [k, v], scores, added);
+        let y = mixed(&q, [k, v], mask, added);
         cx.attention(&x, &q, &self.key, &self.value, y)
     }
 }
@@ -164,12 +185,15 @@ impl Probe {
             cx = cx.behind(scores.len(), Some(seen_scores(&kept, scores.len())));
             (x, front) = (Tensor::cat(vec![tokens, x], 1), [scores, front].concat());
         }
-        let y = relu(cx.at("query").linear(&self.query, x.clone()));
-        let (read, at) = (x.clone(), cx.at("block"));
-        let y = at.hidden(Hidden::sublayer(&x, y).before(&self.block.norm));
-        let x = at.at("norm").layer_norm(&self.block.norm, 1e-5, x + y);
-        let x = x.clone() + self.mixer.forward(x, &front, &cx.at("mixer"));
-        let x = carried.after(cx.block("stack", 0).hidden(Hidden::block(read, x)));
+        // Nobody is hidden from the mixer but virtual tokens that count for nothing.
+        let mask = (!front.is_empty()).then(|| {
+            let mut scores = front.clone();
+            scores.resize(x.dims()[1], 0.0);
+            row(&scores, &ids.device())
+        });
+        let block =
+            |x, whole: Option<&Whole<'_>>, mask, cx: &Scope<'_>| self.block(x, whole, mask, cx);
+        let x = carried.after(cx.at("stack").routed(0, x, mask, &cx, block));
         let x = cx.at("conv").conv1d(&self.conv, x.swap_dims(1, 2)); // [batch, 6, seq]
         let x = cx.at("image").conv2d(&self.image, x.swap_dims(1, 2).unsqueeze_dim(1));
         let x = cx.at("norm").layer_norm(&self.norm, 1e-5, flat(x));
@@ -182,14 +206,35 @@ impl Probe {
         cx.at("head").linear(&self.head, x)
     }
 
+    /// The one block of the list "stack", whose layers have names of their own.
+    fn block(
+        &self,
+        x: Tensor<3>,
+        whole: Option<&Whole<'_>>,
+        mask: Option<Tensor<4>>,
+        cx: &Scope<'_>,
+    ) -> Tensor<3> {
+        let first = |x: Tensor<3>, cx: &Scope<'_>| {
+            let y = relu(cx.at("query").linear(&self.query, x.clone()));
+            let at = cx.at("block");
+            let y = at.hidden(Hidden::sublayer(&x, y).before(&self.block.norm));
+            at.at("norm").layer_norm(&self.block.norm, 1e-5, x + y)
+        };
+        let read = x.clone();
+        let x = first(x, cx);
+        let all =
+            whole.map(|all| Whole { x: first(all.x.clone(), &all.cx), cx: all.cx.at("mixer") });
+        let x = x.clone() + self.mixer.forward(x, all, mask, &cx.at("mixer"));
+        cx.block("stack", 0).hidden(Hidden::block(read, x))
+    }
+
     /// As Burn's users write it: a model that knows of no adapters.
     pub(crate) fn plain(&self, ids: &Tensor<2, Int>) -> Tensor<3> {
         let x = self.words.forward(ids.clone());
         let y = relu(self.query.forward(x.clone()));
         let x = self.block.norm.forward(x + y);
-        let [_, seq, _] = x.dims();
         let (k, v) = (self.mixer.key.forward(x.clone()), self.mixer.value.forward(x.clone()));
-        let x = x.clone() + mixed(&heads(x), [k, v], vec![0.0; seq], None);
+        let x = x.clone() + mixed(&heads(x), [k, v], None, None);
         let x = self.conv.forward(x.swap_dims(1, 2));
         let x = self.image.forward(x.swap_dims(1, 2).unsqueeze_dim(1));
         let x = self.norm.forward(flat(x));

@@ -1,5 +1,8 @@
 //! Adapters that read the states of other tokens see whom the model sees, and no cache stands in their way.
 
+#[path = "routed.rs"]
+mod routed;
+
 use crate::hf::{base, device, kept, tokens};
 use crate::probe::{Drawn, close, values};
 use burn::module::Module;
