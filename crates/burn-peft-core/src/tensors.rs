@@ -1,7 +1,8 @@
 //! Safetensors files: read a tensor at a time, atomic for writing, every refusal naming its tensor.
 
 use crate::Error;
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Element, Tensor, TensorData, bf16, f16};
+use bytemuck::Pod;
 use memmap2::Mmap;
 use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView};
 use std::collections::{BTreeMap, HashMap};
@@ -116,27 +117,19 @@ impl TensorFile {
         self.entries = entries.into_iter().map(|(old, entry)| (name(&old), entry)).collect();
     }
 
-    /// The bytes of a tensor.
-    fn read(&self, entry: &Entry) -> Result<Vec<u8>, Error> {
+    /// The numbers of a tensor, where they will stay: bytes that are not laid out for them would be copied.
+    fn read<E: Pod>(&self, entry: &Entry) -> Result<Vec<E>, Error> {
         let (path, mut file) = (&self.shards[entry.shard].0, &self.shards[entry.shard].1);
-        let mut bytes = vec![0; entry.range.len()];
+        let mut numbers = vec![E::zeroed(); entry.range.len() / size_of::<E>()];
         let read = file.seek(SeekFrom::Start(entry.range.start as u64));
-        read.and_then(|_| file.read_exact(&mut bytes)).map_err(|e| Error::io(path, e))?;
-        Ok(bytes)
+        let read = read.and_then(|_| file.read_exact(bytemuck::cast_slice_mut(&mut numbers)));
+        read.map_err(|e| Error::io(path, e))?;
+        Ok(numbers)
     }
 
-    fn float_dtype(name: &str, dtype: Dtype) -> Result<DType, Error> {
-        match dtype {
-            Dtype::F32 => Ok(DType::F32),
-            Dtype::F16 => Ok(DType::F16),
-            Dtype::BF16 => Ok(DType::BF16),
-            Dtype::F64 => Ok(DType::F64),
-            other => Err(Error::tensor(
-                name,
-                "numbers of type F32, F16, BF16 or F64",
-                format!("type {other:?}"),
-            )),
-        }
+    fn data<E: Pod + Element>(&self, entry: Entry) -> Result<TensorData, Error> {
+        let numbers = self.read::<E>(&entry)?;
+        Ok(TensorData::new(numbers, entry.shape))
     }
 
     /// Takes a float tensor out, in the type that the file has.
@@ -152,9 +145,17 @@ impl TensorFile {
                 format!("no tensor of that name ({near})"),
             ));
         };
-        let dtype = Self::float_dtype(name, entry.dtype)?;
-        let bytes = self.read(&entry)?;
-        Ok(TensorData::from_bytes_vec(bytes, entry.shape, dtype))
+        match entry.dtype {
+            Dtype::F32 => self.data::<f32>(entry),
+            Dtype::F16 => self.data::<f16>(entry),
+            Dtype::BF16 => self.data::<bf16>(entry),
+            Dtype::F64 => self.data::<f64>(entry),
+            other => Err(Error::tensor(
+                name,
+                "numbers of type F32, F16, BF16 or F64",
+                format!("type {other:?}"),
+            )),
+        }
     }
 
     /// Takes an integer tensor (I64, I32, I16 or U8) out.
@@ -166,7 +167,7 @@ impl TensorFile {
             let held = self.names().collect::<Vec<_>>().join(", ");
             return Err(Error::tensor(name, "this tensor", format!("only: {held}")));
         };
-        let bytes = self.read(&entry)?;
+        let bytes: Vec<u8> = self.read(&entry)?;
         let ints = match entry.dtype {
             Dtype::I64 => bytes
                 .chunks_exact(8)

@@ -232,7 +232,8 @@ fn draw(root: &Area<'_>, lines: &[Line]) -> Drawn {
         });
         let title = line.axis.title();
         let floor = floor.unwrap_or_default();
-        let series = [(TIME, "ms", &measured), (ARITHMETIC, "ms, if as its arithmetic", &floor)];
+        let series: [Drawing<'_>; 2] =
+            [(TIME, "ms", &measured), (ARITHMETIC, "ms, if as its arithmetic", &floor)];
         panel(&left, title, line.axis.unit(), &series)?;
         let memory = at(Point::memory, 1e-6);
         panel(&right, "peak memory", line.axis.unit(), &[(MEMORY, "MB", &memory)])?;
@@ -241,12 +242,10 @@ fn draw(root: &Area<'_>, lines: &[Line]) -> Drawn {
     Ok(())
 }
 
-fn panel(
-    area: &Area<'_>,
-    title: &str,
-    unit: &str,
-    series: &[(RGBColor, &str, &Vec<(f64, f64)>)],
-) -> Drawn {
+/// Colour, name and points of what is drawn.
+type Drawing<'a> = (RGBColor, &'a str, &'a [(f64, f64)]);
+
+fn panel(area: &Area<'_>, title: &str, unit: &str, series: &[Drawing<'_>]) -> Drawn {
     let ends = |of: fn(&(f64, f64)) -> f64| {
         let all = series.iter().flat_map(|(_, _, points)| points.iter().map(of));
         all.fold(1.0, f64::max)
