@@ -35,7 +35,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Coda {
-    /// `r`; default 3, the smaller of those that the paper reports.
+    /// `r`; default 3.
     pub reduction: usize,
     /// `m`; default 64.
     pub bottleneck: usize,
@@ -43,7 +43,7 @@ pub struct Coda {
     pub non_linearity: Nonlinearity,
     /// Whom the chosen read; default all tokens.
     pub attention: CodaAttention,
-    /// `ε`; default 1. The paper's is from 0.02 to 1, by task.
+    /// `ε`; default 1, a choice of ours: those who built on the paper tell of 0.02 to 1.
     pub epsilon: f64,
     /// `T`; default 20.
     pub iterations: usize,
