@@ -3,6 +3,7 @@
 use crate::{HiddenPlace, MaskPlace};
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
+use std::any::Any;
 use std::collections::BTreeMap;
 
 /// What stands at a place. The kinds are closed; methods and models are open.
@@ -42,14 +43,13 @@ pub enum Value {
 impl Value {
     /// Wraps a tensor of rank 1 to 4.
     pub fn new<const D: usize>(tensor: Tensor<D>) -> Option<Self> {
-        let shape = tensor.shape();
-        Some(match D {
-            1 => Self::D1(tensor.reshape(shape.dims::<1>())),
-            2 => Self::D2(tensor.reshape(shape.dims::<2>())),
-            3 => Self::D3(tensor.reshape(shape.dims::<3>())),
-            4 => Self::D4(tensor.reshape(shape.dims::<4>())),
-            _ => return None,
-        })
+        // By its type: `reshape` copies what lies transposed, as the weights of linear layers do.
+        let any: &dyn Any = &tensor;
+        let one = any.downcast_ref().cloned().map(Self::D1);
+        let two = || any.downcast_ref().cloned().map(Self::D2);
+        let three = || any.downcast_ref().cloned().map(Self::D3);
+        let four = || any.downcast_ref().cloned().map(Self::D4);
+        one.or_else(two).or_else(three).or_else(four)
     }
 
     /// The sizes of all axes.

@@ -125,6 +125,12 @@ fn a_forward_pass_allocates_less_than_a_weight() {
     let dense = allocated(|| attached.forward(&x, &Scope::plain()));
     assert!(dense > bytes + WEIGHT / 2, "{dense} bytes dense, {bytes} plain");
 
+    // Weights that were read from a file lie transposed; a site is a handle on them all the same.
+    let turned = Linear { weight: model.query.weight.clone().map(Tensor::transpose), bias: None };
+    let turned = Wide { query: turned, head: model.head.clone() };
+    let sites = allocated(|| Sites::of(&turned, None));
+    assert!(sites < WEIGHT / 2, "{sites} bytes for finding the places");
+
     // Values, two moments of them, and their places.
     let [some, all] = [0.005, 1.0].map(|ratio| held(&model, &x, ratio));
     let weight = WEIGHT as i64;
