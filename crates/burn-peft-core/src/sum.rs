@@ -82,7 +82,7 @@ pub(crate) fn sum<'a, const D: usize, X: Input>(
     }
     drop(y0); // so that `y` is updated where it lies
     let dims = y.dims();
-    // As a matrix: backends are slow at the same thing on more axes.
+    // As a matrix: on more axes flex finds the place of every number by divisions.
     let flat = |t: Tensor<D>| t.flatten::<2>(1, D - 1);
     let (rows, parts) = (Tensor::cat(rows, 0), flat(Tensor::cat(parts, 0)));
     flat(y).select_assign(0, rows, parts, IndexingUpdateOp::Add).reshape(dims)
