@@ -9,14 +9,15 @@
 pub fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
-        // The largest that glibc takes: half of a heap. Larger blocks are mapped as before.
+        // The largest that glibc takes: half of a heap. Larger blocks are mapped as before. What ends a heap is not
+        // given back, however much it is: a step's activations may be gigabytes.
         const MAPPED_FROM: libc::c_int = 32 << 20;
-        const KEPT: libc::c_int = 1 << 30;
+        const NOTHING: libc::c_int = -1;
         // SAFETY: `mallopt` takes two numbers and locks the allocator itself.
         #[allow(unsafe_code)]
         unsafe {
             libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_FROM);
-            libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT);
+            libc::mallopt(libc::M_TRIM_THRESHOLD, NOTHING);
         }
     }
 }

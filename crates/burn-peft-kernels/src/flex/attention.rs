@@ -89,7 +89,7 @@ impl Inputs {
         let q = Self::part(&self.q, row, head, rows);
         let k = Self::part(&self.k, row, self.group(head), seen);
         let mut out = ViewMut::new(scores, Shape::rows(rows.len(), seen.len()));
-        matmul(&mut out, false, self.scale, q, k.transposed(), true);
+        matmul(&mut out, false, self.scale, q, k.transposed());
         if let Some(mask) = &self.mask {
             for (i, scores) in rows.clone().zip(scores.chunks_exact_mut(seen.len())) {
                 let mask = &mask.row(row, 0, i)[seen.clone()];
@@ -137,7 +137,7 @@ pub(super) fn forward(q: &Dense, k: &Dense, v: &Dense, mask: Option<&Dense>) -> 
                 let mut out = unsafe { out.view(offset, shape) };
                 let p = View::new(scores, 0, Shape::rows(rows.len(), seen.len()));
                 let v = Inputs::part(&inputs.v, row, inputs.group(head), &seen);
-                matmul(&mut out, false, 1.0, p, v, true);
+                matmul(&mut out, false, 1.0, p, v);
                 for (i, [_, weight]) in sums.iter().enumerate() {
                     out.row(i).iter_mut().for_each(|x| *x *= weight);
                 }
@@ -202,7 +202,7 @@ fn gradients(g: &Dense, state: &State) -> [Dense; 3] {
                 ]
                 .map(|(of, at, range)| Inputs::part(of, row, at, range));
                 let block = Shape::rows(rows.len(), seen.len());
-                matmul(&mut ViewMut::new(dp, block), false, 1.0, g, v.transposed(), true);
+                matmul(&mut ViewMut::new(dp, block), false, 1.0, g, v.transposed());
                 let sums = &state.sums[(row * heads + head) * seq..][rows.clone()];
                 vectorized(
                     #[inline(always)]
@@ -230,9 +230,9 @@ fn gradients(g: &Dense, state: &State) -> [Dense; 3] {
                     )
                 };
                 let [p, ds] = [View::new(p, 0, block), View::new(dp, 0, block)];
-                matmul(&mut dv, true, 1.0, p.transposed(), g, true);
-                matmul(&mut dq, false, inputs.scale, ds, k, true);
-                matmul(&mut dk, true, inputs.scale, ds.transposed(), q, true);
+                matmul(&mut dv, true, 1.0, p.transposed(), g);
+                matmul(&mut dq, false, inputs.scale, ds, k);
+                matmul(&mut dk, true, inputs.scale, ds.transposed(), q);
             }
         });
     }

@@ -4,9 +4,10 @@
 //! and from it at once what backward needs but for the factor `g` of the sum, as in arXiv 2410.10989:
 //! `dx = (p − 1ₜ)·Wᵀ·g`, `dW = xᵀ·(p − 1ₜ)·g`.
 
-use super::linear::weight;
+use super::linear::Matrix;
 use super::math::{exp, largest, map, sum, vectorized};
-use super::matrix::{Shape, View, ViewMut, matmul};
+use super::matrix::{Shape, View};
+use super::product::{Start, Term, sum as products};
 use super::tensors::{dims, flat, in_order, make};
 use super::{Dense, Tracked};
 use burn::backend::Flex;
@@ -16,9 +17,9 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use rayon::prelude::*;
 
-/// Logits that are held at a time, 32 MiB of them: 170 rows of a vocabulary of 49,152, since the weight is packed
-/// anew for each product.
-const LOGITS: usize = 1 << 23;
+/// Logits that are held at a time: 162 rows of a vocabulary of 49,152, since the weight is packed anew for each product, and
+/// less than the 32 MiB from which on the C library maps fresh memory each time.
+const LOGITS: usize = 8_000_000;
 
 /// `dx` and `dW` for a factor of 1, where they are wanted.
 type Slopes = [Option<Dense>; 2];
@@ -36,8 +37,8 @@ fn taken(
     wanted: [bool; 2],
     logits: usize,
 ) -> (Dense, Slopes) {
-    let (x, (w, start, shape)) = (in_order(x), weight(w));
-    let (n, width, classes) = (targets.len(), shape.rows, shape.cols);
+    let (x, weight) = (in_order(x), Matrix::weight(w));
+    let (n, [width, classes]) = (targets.len(), weight.dims());
     assert_eq!(dims(&x), [n, width], "a row of x for each target");
     let zeros = |dims: [usize; 2]| make(dims, |out| out.fill(0.0));
     let mut slopes =
@@ -45,12 +46,12 @@ fn taken(
     let most = (logits / classes.max(1)).clamp(1, n.max(1));
     let mut held = vec![0.0_f32; most * classes];
     let (mut loss, mut correct) = (0.0_f64, 0_usize);
-    let w = View::new(w.storage::<f32>(), start, shape);
+    let w = weight.view();
     for (part, targets) in targets.chunks(most).enumerate() {
         let (first, rows) = (part * most, targets.len());
         let held = &mut held[..rows * classes];
         let x = View::new(flat(&x), first * width, Shape::rows(rows, width));
-        matmul(&mut ViewMut::new(held, Shape::rows(rows, classes)), false, 1.0, x, w, false);
+        products(held, [rows, classes], Start::Nothing, &[Term::product(x, w)]);
         let each: Vec<(f32, bool)> = held
             .par_chunks_exact_mut(classes)
             .zip(targets)
@@ -63,12 +64,11 @@ fn taken(
         let errors = View::new(held, 0, Shape::rows(rows, classes));
         if let Some(dx) = &mut slopes[0] {
             let dx = &mut dx.storage_mut::<f32>()[first * width..(first + rows) * width];
-            let mut dx = ViewMut::new(dx, Shape::rows(rows, width));
-            matmul(&mut dx, false, 1.0, errors, w.transposed(), false);
+            products(dx, [rows, width], Start::Nothing, &[Term::product(errors, w.transposed())]);
         }
         if let Some(dw) = &mut slopes[1] {
-            let mut dw = ViewMut::new(dw.storage_mut::<f32>(), Shape::rows(width, classes));
-            matmul(&mut dw, true, 1.0, x.transposed(), errors, false);
+            let dw = dw.storage_mut::<f32>();
+            products(dw, [width, classes], Start::Kept, &[Term::product(x.transposed(), errors)]);
         }
     }
     (make([2], |out| out.copy_from_slice(&[loss as f32, correct as f32])), slopes)

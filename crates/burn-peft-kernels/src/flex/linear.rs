@@ -2,7 +2,8 @@
 // Outputs are written whole; see `written`.
 #![allow(unsafe_code)]
 
-use super::matrix::{Shape, View, ViewMut, matmul};
+use super::matrix::{Shape, View};
+use super::product::{Start, Term, sum};
 use super::tensors::{dims, flat, in_order, make, written};
 use super::{Dense, Tracked};
 use burn::backend::Flex;
@@ -10,54 +11,43 @@ use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use rayon::prelude::*;
 
-/// A weight as it lies where that is without gaps, transposed or not. Others are copied into order, so that a
-/// part of a larger matrix gives the numbers of the same matrix alone, bit for bit.
-pub(super) fn weight(w: &Dense) -> (Dense, usize, Shape) {
-    let dense = |t: &Dense| t.layout().contiguous_offsets().is_some();
-    let w = if dense(w) || dense(&w.transpose(0, 1)) { w.clone() } else { w.to_contiguous() };
-    let layout = w.layout();
-    let [rows, cols] = [layout.shape()[0], layout.shape()[1]];
-    let [row_stride, col_stride] = [0, 1].map(|axis| layout.strides()[axis].unsigned_abs());
-    let start = layout.start_offset();
-    (w, start, Shape { rows, cols, row_stride, col_stride })
+/// A tensor as a matrix.
+pub(super) struct Matrix {
+    tensor: Dense,
+    start: usize,
+    shape: Shape,
 }
 
-/// Output of a product that is a sum over `k` numbers.
-///
-/// # Safety
-/// `write` replaces every number, by a product or before one is added.
-unsafe fn output(shape: impl Into<Vec<usize>>, k: usize, write: impl FnOnce(&mut [f32])) -> Dense {
-    match k {
-        0 => make(shape, write), // a product of nothing writes nothing
-        // SAFETY: as is promised.
-        _ => unsafe { written(shape, write) },
+impl Matrix {
+    /// All axes but the last are rows, one after the other.
+    pub(super) fn rows(t: &Dense) -> Self {
+        let tensor = in_order(t);
+        let dims = dims(&tensor);
+        let cols = dims.last().copied().unwrap_or(1);
+        let shape = Shape::rows(dims[..dims.len() - 1].iter().product(), cols);
+        Self { start: tensor.layout().start_offset(), tensor, shape }
     }
-}
 
-/// All leading axes are rows.
-fn rows(dims: &[usize]) -> (usize, usize) {
-    let width = dims.last().copied().unwrap_or(1);
-    (dims[..dims.len() - 1].iter().product(), width)
-}
+    /// A weight as it lies where that is without gaps, transposed or not. Others are copied into order, so that a
+    /// part of a larger matrix gives the numbers of the same matrix alone, bit for bit.
+    pub(super) fn weight(w: &Dense) -> Self {
+        let dense = |t: &Dense| t.layout().contiguous_offsets().is_some();
+        let w = if dense(w) || dense(&w.transpose(0, 1)) { w.clone() } else { w.to_contiguous() };
+        let layout = w.layout();
+        let [rows, cols] = [layout.shape()[0], layout.shape()[1]];
+        let [row_stride, col_stride] = [0, 1].map(|axis| layout.strides()[axis].unsigned_abs());
+        let start = layout.start_offset();
+        Self { tensor: w, start, shape: Shape { rows, cols, row_stride, col_stride } }
+    }
 
-/// `out = scale·x·W`, or `out += scale·x·W`, or the same with `Wᵀ`: `x` lies in order.
-pub(super) fn multiply(
-    out: &mut [f32],
-    add: bool,
-    scale: f32,
-    x: &Dense,
-    w: &Dense,
-    transposed: bool,
-) {
-    let (w, start, shape) = weight(w);
-    let (n, width) = rows(&dims(x));
-    let view = View::new(w.storage::<f32>(), start, shape);
-    let (view, cols) =
-        if transposed { (view.transposed(), shape.rows) } else { (view, shape.cols) };
-    let x = View::new(flat(x), 0, Shape::rows(n, width));
-    matmul(&mut ViewMut::new(out, Shape::rows(n, cols)), add, scale, x, view, false);
+    pub(super) fn view(&self) -> View<'_> {
+        View::new(self.tensor.storage::<f32>(), self.start, self.shape)
+    }
+
+    pub(super) fn dims(&self) -> [usize; 2] {
+        [self.shape.rows, self.shape.cols]
+    }
 }
 
 /// The axes of `x` with another width.
@@ -69,51 +59,48 @@ fn widened(x: &Dense, width: usize) -> Vec<usize> {
     dims
 }
 
-pub(super) fn forward(x: &Dense, w: &Dense, b: Option<&Dense>) -> Dense {
-    let (x, [k, cols], b) = (in_order(x), [0, 1].map(|axis| dims(w)[axis]), b.map(in_order));
-    // SAFETY: the product replaces what it is not added to, and the bias is all of that.
-    unsafe {
-        output(widened(&x, cols), k, |out| {
-            if let (Some(b), true) = (&b, cols > 0) {
-                let rows = out.par_chunks_exact_mut(cols).with_min_len(16);
-                rows.for_each(|row| row.copy_from_slice(flat(b)));
-            }
-            multiply(out, b.is_some(), 1.0, &x, w, false);
-        })
+/// `bias + Σ scale·a·b` of that shape, whose last axis is the columns.
+pub(super) fn combined(
+    shape: impl Into<Vec<usize>>,
+    bias: Option<&Dense>,
+    terms: &[Term<'_>],
+) -> Dense {
+    let (shape, bias) = (shape.into(), bias.map(in_order));
+    let cols = shape.last().copied().unwrap_or(1);
+    let rows = shape[..shape.len() - 1].iter().product();
+    let start = bias.as_ref().map_or(Start::Nothing, |bias| Start::Row(flat(bias)));
+    let write = |out: &mut [f32]| sum(out, [rows, cols], start, terms);
+    match terms.first() {
+        // SAFETY: each number is replaced, by the bias or by the first product.
+        Some(first) if bias.is_some() || first.a.width() > 0 => unsafe { written(shape, write) },
+        _ => make(shape, write), // a product of nothing writes nothing
     }
 }
 
-/// `scale·x·W`, or with `Wᵀ`.
-pub(super) fn product(scale: f32, x: &Dense, w: &Dense, transposed: bool) -> Dense {
-    let (x, [fan_in, fan_out]) = (in_order(x), [0, 1].map(|axis| dims(w)[axis]));
-    let (k, cols) = if transposed { (fan_out, fan_in) } else { (fan_in, fan_out) };
-    let write = |out: &mut [f32]| multiply(out, false, scale, &x, w, transposed);
-    // SAFETY: the product replaces all of it.
-    unsafe { output(widened(&x, cols), k, write) }
+/// The output; `more` is added to it.
+pub(super) fn forward(x: &Dense, w: &Dense, b: Option<&Dense>, more: Option<Term<'_>>) -> Dense {
+    let (rows, weight) = (Matrix::rows(x), Matrix::weight(w));
+    let first = Term::product(rows.view(), weight.view());
+    let [_, cols] = weight.dims();
+    combined(widened(x, cols), b, &[Some(first), more].into_iter().flatten().collect::<Vec<_>>())
 }
 
-/// `g·Wᵀ`
-pub(super) fn input_gradient(g: &Dense, w: &Dense) -> Dense {
-    product(1.0, g, w, true)
+/// `g·Wᵀ`; `more` is added to it.
+pub(super) fn input_gradient(g: &Dense, w: &Dense, more: Option<Term<'_>>) -> Dense {
+    forward(g, &w.transpose(0, 1), None, more)
 }
 
 /// `xᵀ·g`
 pub(super) fn weight_gradient(x: &Dense, g: &Dense) -> Dense {
-    let (x, g) = (in_order(x), in_order(g));
-    let ((n, fan_in), (_, fan_out)) = (rows(&dims(&x)), rows(&dims(&g)));
-    let write = |out: &mut [f32]| {
-        let x = View::new(flat(&x), 0, Shape::rows(n, fan_in)).transposed();
-        let g = View::new(flat(&g), 0, Shape::rows(n, fan_out));
-        matmul(&mut ViewMut::new(out, Shape::rows(fan_in, fan_out)), false, 1.0, x, g, false);
-    };
-    // SAFETY: the product replaces all of it.
-    unsafe { output([fan_in, fan_out], n, write) }
+    let (x, g) = (Matrix::rows(x), Matrix::rows(g));
+    let term = Term::product(x.view().transposed(), g.view());
+    combined([x.dims()[1], g.dims()[1]], None, &[term])
 }
 
 /// `Σ g` over the rows, in their order.
 pub(super) fn bias_gradient(g: &Dense) -> Dense {
     let g = in_order(g);
-    let (_, width) = rows(&dims(&g));
+    let width = dims(&g).last().copied().unwrap_or(1);
     make([width], |out| {
         for row in flat(&g).chunks_exact(width.max(1)) {
             out.iter_mut().zip(row).for_each(|(sum, g)| *sum += g);
@@ -131,7 +118,7 @@ fn backward<const N: usize>(ops: Ops<State, N>, grads: &mut Gradients) {
     let g = grads.consume::<Flex>(&ops.node);
     let (x, w) = ops.state;
     if let (Some(node), Some(w)) = (&ops.parents[0], &w) {
-        grads.register::<Flex>(node.id, input_gradient(&g, w));
+        grads.register::<Flex>(node.id, input_gradient(&g, w, None));
     }
     if let (Some(node), Some(x)) = (&ops.parents[1], &x) {
         grads.register::<Flex>(node.id, weight_gradient(x, &g));
@@ -156,7 +143,7 @@ impl Backward<Flex, 3> for Step {
 }
 
 pub(super) fn plain<C: CheckpointStrategy>(x: Tracked, w: Tracked) -> Tracked {
-    let y = forward(x.primitive(), w.primitive(), None);
+    let y = forward(x.primitive(), w.primitive(), None, None);
     let state = state(&x, &w);
     let step = Backward::<Flex, 2>::prepare::<C>(Step, [x.node(), w.node()]);
     match step.compute_bound().stateful() {
@@ -166,7 +153,7 @@ pub(super) fn plain<C: CheckpointStrategy>(x: Tracked, w: Tracked) -> Tracked {
 }
 
 pub(super) fn biased<C: CheckpointStrategy>(x: Tracked, w: Tracked, b: Tracked) -> Tracked {
-    let y = forward(x.primitive(), w.primitive(), Some(b.primitive()));
+    let y = forward(x.primitive(), w.primitive(), Some(b.primitive()), None);
     let state = state(&x, &w);
     let step = Backward::<Flex, 3>::prepare::<C>(Step, [x.node(), w.node(), b.node()]);
     match step.compute_bound().stateful() {

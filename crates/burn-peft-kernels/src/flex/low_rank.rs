@@ -3,7 +3,8 @@
 //! With `u = s·g·Bᵀ`: `dx = g·Wᵀ + u·Aᵀ`, `dW = xᵀ·g`, `dA = xᵀ·u`, `dB = hᵀ·g`, `db = Σ g`. What is small is added up
 //! where the large product lies, so that no second output and no second gradient of `x` is made.
 
-use super::linear::{self, bias_gradient, input_gradient, multiply, product, weight_gradient};
+use super::linear::{self, Matrix, bias_gradient, combined, input_gradient, weight_gradient};
+use super::product::Term;
 use super::tensors::in_order;
 use super::{Dense, Tracked};
 use burn::backend::Flex;
@@ -22,11 +23,18 @@ pub(super) fn forward(
     bias: Option<&Dense>,
     (a, b, scale): Factors<'_>,
 ) -> (Dense, Dense) {
-    let x = in_order(x);
-    let h = product(scale as f32, &x, a, false);
-    let mut y = linear::forward(&x, w, bias);
-    multiply(y.storage_mut::<f32>(), true, 1.0, &h, b, false);
+    let h = scaled(scale, x, a);
+    let (rows, factor) = (Matrix::rows(&h), Matrix::weight(b));
+    let more = Term::product(rows.view(), factor.view());
+    let y = linear::forward(x, w, bias, Some(more));
     (y, h)
+}
+
+/// `s·x·A`
+fn scaled(scale: f64, x: &Dense, a: &Dense) -> Dense {
+    let (x, a) = (Matrix::rows(x), Matrix::weight(a));
+    let term = Term { scale: scale as f32, a: x.view(), b: a.view() };
+    combined([x.dims()[0], a.dims()[1]], None, &[term])
 }
 
 /// What backward needs.
@@ -47,7 +55,7 @@ struct Step;
 fn backward<const N: usize>(ops: Ops<State, N>, grads: &mut Gradients) {
     let g = in_order(&grads.consume::<Flex>(&ops.node));
     let State { x, w, a, b, h, scale } = ops.state;
-    let u = product(scale as f32, &g, &b, true);
+    let u = scaled(scale, &g, &b.transpose(0, 1));
     let mut give = |parent: usize, gradient: &dyn Fn() -> Option<Dense>| {
         if let Some(Some(node)) = ops.parents.get(parent)
             && let Some(gradient) = gradient()
@@ -56,9 +64,9 @@ fn backward<const N: usize>(ops: Ops<State, N>, grads: &mut Gradients) {
         }
     };
     give(0, &|| {
-        let mut dx = input_gradient(&g, &w);
-        multiply(dx.storage_mut::<f32>(), true, 1.0, &u, &a, true);
-        Some(dx)
+        let (rows, factor) = (Matrix::rows(&u), Matrix::weight(&a));
+        let more = Term::product(rows.view(), factor.view().transposed());
+        Some(input_gradient(&g, &w, Some(more)))
     });
     give(1, &|| x.as_ref().map(|x| weight_gradient(x, &g)));
     give(2, &|| x.as_ref().map(|x| weight_gradient(x, &u)));

@@ -4,6 +4,7 @@
 
 use gemm::Parallelism;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// Rows and columns, and how far apart the elements are.
 #[derive(Debug, Clone, Copy)]
@@ -56,6 +57,20 @@ impl<'a> View<'a> {
     pub(super) fn transposed(self) -> Self {
         Self { shape: self.shape.swapped(), ..self }
     }
+
+    pub(super) fn width(&self) -> usize {
+        self.shape.cols
+    }
+
+    pub(super) fn rows(self, rows: &Range<usize>) -> Self {
+        assert!(rows.start <= rows.end && rows.end <= self.shape.rows, "no such rows");
+        let start = self.start.wrapping_add(rows.start * self.shape.row_stride);
+        Self { start, shape: Shape { rows: rows.len(), ..self.shape }, ..self }
+    }
+
+    pub(super) fn cols(self, cols: &Range<usize>) -> Self {
+        self.transposed().rows(cols).transposed()
+    }
 }
 
 /// A matrix to write; no other matrix holds one of its elements.
@@ -83,6 +98,9 @@ impl<'a> ViewMut<'a> {
     }
 }
 
+// SAFETY: a matrix to read is a borrow of numbers.
+unsafe impl Sync for View<'_> {}
+
 /// Output that tasks write side by side, each at elements of its own.
 pub(super) struct Parts<'a> {
     start: *mut f32,
@@ -108,36 +126,39 @@ impl<'a> Parts<'a> {
     }
 }
 
-/// From so many multiplications on a product is worth all cores.
-const PARALLEL: usize = 128 * 128 * 128;
-
-/// `out = scale·a·b`, or `out += scale·a·b`.
-///
-/// On all cores where the product is large; inside of tasks that are many already, say `alone`.
-pub(super) fn matmul(
-    out: &mut ViewMut<'_>,
-    add: bool,
-    scale: f32,
-    a: View<'_>,
-    b: View<'_>,
-    alone: bool,
-) {
+/// `out = scale·a·b`, or `out += scale·a·b`, on one core: inside of tasks that are many already.
+pub(super) fn matmul(out: &mut ViewMut<'_>, add: bool, scale: f32, a: View<'_>, b: View<'_>) {
     let (m, k, n) = (a.shape.rows, a.shape.cols, b.shape.cols);
     assert_eq!((out.shape.rows, out.shape.cols, k), (m, n, b.shape.rows), "shapes of a product");
     if m == 0 || n == 0 || k == 0 {
         // `gemm` is not made for a sum of nothing; outputs begin as zeros, or as what is added to.
         return;
     }
-    let large = m.saturating_mul(n).saturating_mul(k) >= PARALLEL;
-    let cores = if large && !alone { Parallelism::Rayon(0) } else { Parallelism::None };
     let [os, a_s, bs] =
         [out.shape, a.shape, b.shape].map(|s| (s.row_stride as isize, s.col_stride as isize));
     // SAFETY: every element lies in memory that was checked when the matrices were made; `out` is
     // borrowed alone, so that it is none of those that are read.
     unsafe {
         gemm::gemm(
-            m, n, k, out.start, os.1, os.0, add, a.start, a_s.1, a_s.0, b.start, bs.1, bs.0, 1.0,
-            scale, false, false, false, cores,
+            m,
+            n,
+            k,
+            out.start,
+            os.1,
+            os.0,
+            add,
+            a.start,
+            a_s.1,
+            a_s.0,
+            b.start,
+            bs.1,
+            bs.0,
+            1.0,
+            scale,
+            false,
+            false,
+            false,
+            Parallelism::None,
         );
     }
 }

@@ -9,6 +9,7 @@ mod math;
 mod matrix;
 mod norm;
 mod pointwise;
+mod product;
 mod rotary;
 mod tensors;
 
@@ -105,11 +106,11 @@ pub(crate) trait Kernels: Backend {
 
 impl Kernels for Flex {
     fn fused_linear(x: Dense, w: Dense) -> Dense {
-        linear::forward(&x, &w, None)
+        linear::forward(&x, &w, None, None)
     }
 
     fn fused_linear_biased(x: Dense, w: Dense, b: Dense) -> Dense {
-        linear::forward(&x, &w, Some(&b))
+        linear::forward(&x, &w, Some(&b), None)
     }
 
     fn fused_low_rank(x: Dense, w: Dense, a: Dense, b: Dense, scale: f64) -> Dense {
