@@ -4,6 +4,7 @@
 //! and from it at once what backward needs but for the factor `g` of the sum, as in arXiv 2410.10989:
 //! `dx = (p − 1ₜ)·Wᵀ·g`, `dW = xᵀ·(p − 1ₜ)·g`.
 
+use super::half::{self, is_half};
 use super::linear::weight;
 use super::math::{exp, largest, map, sum, vectorized};
 use super::matrix::{Shape, View, ViewMut, matmul};
@@ -36,8 +37,8 @@ fn taken(
     wanted: [bool; 2],
     logits: usize,
 ) -> (Dense, Slopes) {
-    let (x, (w, start, shape)) = (in_order(x), weight(w));
-    let (n, width, classes) = (targets.len(), shape.rows, shape.cols);
+    let (x, (n, [width, classes])) =
+        (in_order(x), (targets.len(), [0, 1].map(|axis| dims(w)[axis])));
     assert_eq!(dims(&x), [n, width], "a row of x for each target");
     let zeros = |dims: [usize; 2]| make(dims, |out| out.fill(0.0));
     let mut slopes =
@@ -45,12 +46,26 @@ fn taken(
     let most = (logits / classes.max(1)).clamp(1, n.max(1));
     let mut held = vec![0.0_f32; most * classes];
     let (mut loss, mut correct) = (0.0_f64, 0_usize);
-    let w = View::new(w.storage::<f32>(), start, shape);
+    let held_in_half = is_half(w);
+    let (w, start, shape) = weight(w);
+    // `a·W` or `a·Wᵀ` for rows in order.
+    let times = |out: &mut [f32], a: &[f32], n: usize, transposed: bool| {
+        if held_in_half {
+            return half::multiply(out, false, 1.0, (a, n), &w, transposed);
+        }
+        let w = View::new(w.storage::<f32>(), start, shape);
+        let ((k, cols), w) = match transposed {
+            true => ((classes, width), w.transposed()),
+            false => ((width, classes), w),
+        };
+        let a = View::new(a, 0, Shape::rows(n, k));
+        matmul(&mut ViewMut::new(out, Shape::rows(n, cols)), false, 1.0, a, w, false);
+    };
     for (part, targets) in targets.chunks(most).enumerate() {
         let (first, rows) = (part * most, targets.len());
         let held = &mut held[..rows * classes];
-        let x = View::new(flat(&x), first * width, Shape::rows(rows, width));
-        matmul(&mut ViewMut::new(held, Shape::rows(rows, classes)), false, 1.0, x, w, false);
+        let x = &flat(&x)[first * width..(first + rows) * width];
+        times(held, x, rows, false);
         let each: Vec<(f32, bool)> = held
             .par_chunks_exact_mut(classes)
             .zip(targets)
@@ -60,13 +75,13 @@ fn taken(
             loss += f64::from(part);
             correct += usize::from(right);
         }
-        let errors = View::new(held, 0, Shape::rows(rows, classes));
         if let Some(dx) = &mut slopes[0] {
             let dx = &mut dx.storage_mut::<f32>()[first * width..(first + rows) * width];
-            let mut dx = ViewMut::new(dx, Shape::rows(rows, width));
-            matmul(&mut dx, false, 1.0, errors, w.transposed(), false);
+            times(dx, held, rows, true);
         }
         if let Some(dw) = &mut slopes[1] {
+            let x = View::new(x, 0, Shape::rows(rows, width));
+            let errors = View::new(held, 0, Shape::rows(rows, classes));
             let mut dw = ViewMut::new(dw.storage_mut::<f32>(), Shape::rows(width, classes));
             matmul(&mut dw, true, 1.0, x.transposed(), errors, false);
         }

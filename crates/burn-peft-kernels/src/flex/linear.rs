@@ -2,6 +2,7 @@
 // Outputs are written whole; see `written`.
 #![allow(unsafe_code)]
 
+use super::half::{self, is_half};
 use super::matrix::{Shape, View, ViewMut, matmul};
 use super::tensors::{dims, flat, in_order, make, written};
 use super::{Dense, Tracked};
@@ -51,8 +52,11 @@ pub(super) fn multiply(
     w: &Dense,
     transposed: bool,
 ) {
-    let (w, start, shape) = weight(w);
     let (n, width) = rows(&dims(x));
+    if is_half(w) {
+        return half::multiply(out, add, scale, (flat(x), n), w, transposed);
+    }
+    let (w, start, shape) = weight(w);
     let view = View::new(w.storage::<f32>(), start, shape);
     let (view, cols) =
         if transposed { (view.transposed(), shape.rows) } else { (view, shape.cols) };

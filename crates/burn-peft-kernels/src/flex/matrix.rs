@@ -25,7 +25,7 @@ impl Shape {
         Self { rows, cols, row_stride: stride, col_stride: 1 }
     }
 
-    fn swapped(self) -> Self {
+    pub(super) fn swapped(self) -> Self {
         let Self { rows, cols, row_stride, col_stride } = self;
         Self { rows: cols, cols: rows, row_stride: col_stride, col_stride: row_stride }
     }
