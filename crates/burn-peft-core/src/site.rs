@@ -1,8 +1,9 @@
 //! Places of a model: found by one visitor, named as the Hugging Face checkpoint names them.
 
+use crate::widened::is_half;
 use crate::{HiddenPlace, MaskPlace, widened};
 use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 use std::any::Any;
 use std::collections::BTreeMap;
 
@@ -135,6 +136,15 @@ impl Site {
             Value::D2(t) => Some(widened(t.clone())),
             Value::D3(t) => Some(as_matrix(widened(t.clone()))),
             Value::D4(t) => Some(as_matrix(widened(t.clone()))),
+        }
+    }
+
+    /// These rows of the weight as a matrix, [`widened`], of which no more is copied where it is in half precision; `None`
+    /// where it is a vector.
+    pub fn rows(&self, rows: Tensor<1, Int>) -> Option<Tensor<2>> {
+        match &self.weight {
+            Value::D2(t) if is_half(t.dtype()) => Some(widened(t.clone().select(0, rows))),
+            _ => Some(self.matrix()?.select(0, rows)),
         }
     }
 

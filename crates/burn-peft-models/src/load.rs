@@ -79,8 +79,8 @@ pub trait Pretrained: Module + ModuleDisplay + Sync + 'static {
         Ok(())
     }
 
-    /// Loads the model from a folder to the plain `device`, each tensor converted to `precision` as it comes. `edit` changes the configuration
-    /// first, such as the number of classes. Fresh weights depend on `seed`.
+    /// Loads the model from a folder to the plain `device`, each tensor converted to `precision` as it is read.
+    /// `edit` changes the configuration first, such as the number of classes. Fresh weights depend on `seed`.
     ///
     /// # Errors
     /// Missing or broken files, a configuration of another architecture, and the first tensor that
@@ -314,7 +314,8 @@ impl Loader {
             return Err(Error::tensor(stored, format!("shape {expected:?}"), found));
         }
         let matrix = D == 2 && self.matrices.last() == Some(&true);
-        let data = self.precision.held(stored, self.file.take_data(stored)?, matrix)?;
+        let data = self.file.take_data(stored)?;
+        let data = self.precision.held(stored, data, matrix, &self.device)?;
         let dtype = data.dtype();
         let tensor = Tensor::<D>::from_data(data, (&self.device, dtype));
         Ok(if transposed { tensor.transpose() } else { tensor })
@@ -400,8 +401,8 @@ const COMPANIONS: &[&str] = &[
     "chat_template.jinja",
 ];
 
-/// Writes a model as a Hugging Face folder: the weights of `model`, each in the type in which it is held, and configuration and
-/// tokenizer of the folder that it came from, with `fields` of `config.json` changed.
+/// Writes a model as a Hugging Face folder: the weights of `model`, each in the type in which it is held, and
+/// configuration and tokenizer of the folder that it came from, with `fields` of `config.json` changed.
 ///
 /// # Errors
 /// What the operating system says; a folder gets all files or none.

@@ -1,6 +1,6 @@
 //! In how many bits a model's weights are held.
 
-use burn::tensor::{DType, TensorData, f16};
+use burn::tensor::{DType, Device, TensorData, f16};
 use burn_peft_core::Error;
 
 /// In which precision the weights are held: those of linear layers and embeddings, which are nearly all of a model.
@@ -36,17 +36,26 @@ impl Precision {
         }
     }
 
-    /// A tensor of the file as it is held.
+    /// A tensor of the file as it is held on `device`.
     ///
     /// # Errors
-    /// A number that has no place in f16.
+    /// A number that has no place in f16, or a device without the type.
     pub(crate) fn held(
         self,
         name: &str,
         data: TensorData,
         matrix: bool,
+        device: &Device,
     ) -> Result<TensorData, Error> {
         let (stored, held) = (data.dtype(), self.of(data.dtype(), matrix));
+        if !device.supports_dtype(held) {
+            let reason = format!(
+                "expected a type that the device computes with, found {} of `{name}`; load the model in float32, or \
+                 on flex",
+                held.name()
+            );
+            return Err(Error::config("dtype", reason));
+        }
         if stored == held {
             return Ok(data);
         }

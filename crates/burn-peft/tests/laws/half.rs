@@ -2,13 +2,17 @@
 
 use crate::hf::{device, fixtures, kept, tokens};
 use crate::hf_methods::folders;
-use crate::probe::{close, distance, values};
+use crate::probe::{Drawn, close, distance, values};
 use crate::quantized::{Floats, gradients};
-use burn::module::Module;
-use burn::tensor::Tensor;
-use burn_peft::core::{Adapters, Method, Scope, Sites, load, peft_type};
+use burn::module::{Module, ModuleMapper, Param};
+use burn::nn::{Linear, LinearConfig};
+use burn::tensor::{DType, Tensor};
+use burn_peft::core::{
+    Adapters, Method, Scope, Sites, Targets, adapt, attach, load, merge, peft_type,
+};
 use burn_peft::models::{BertForSequenceClassification, LlamaForCausalLM, Precision, Pretrained};
 use burn_peft::registry::{Job, with_method};
+use burn_peft::reparam::Lora;
 use std::path::Path;
 
 /// Logits, and of those that mean something the numbers.
@@ -61,6 +65,10 @@ fn is_its_numbers<M: Pretrained>(
     kept: impl Fn(&[f32]) -> Vec<f32>,
     lora: &str,
 ) {
+    // ndarray has no such types.
+    if !device().supports_dtype(DType::BF16) {
+        return;
+    }
     let folder = fixtures().join("models").join(model);
     let load =
         |precision| M::load(&folder, precision, 0, &device(), |_| ()).expect("is whole").model;
@@ -93,4 +101,40 @@ fn llama_in_bf16_is_its_numbers() {
         |model: &LlamaForCausalLM, cx: &Scope<'_>| model.forward(&tokens, cx).flatten(0, 2);
     let kept = |all: &[f32]| kept(all, &tokens);
     is_its_numbers("llama", Precision::Bf16, forward, kept, "llama-all-linear");
+}
+
+/// What is attached to a parameter in half precision reads as what is merged into it, and learns in f32.
+#[test]
+fn attached_to_bf16_is_merged_into_it() {
+    if !device().supports_dtype(DType::BF16) {
+        return;
+    }
+    let plain = LinearConfig::new(6, 5).init(&device());
+    let model = One { query: plain.map(&mut Bf16) };
+    let sites = Sites::of(&model, None);
+    let lora = Lora::new(2, 4.0, Targets::list(["query"]));
+    let adapters = adapt(&sites, &lora, 0, &device().autodiff()).expect("fits");
+    let adapters = adapters.map(&mut Drawn::new(3, 0.4));
+    let attached = attach(model.clone(), &adapters).expect("is the same model");
+    let merged = merge(&model, &[(&adapters, 1.0)]).expect("is finite");
+    let (read, expected) = (attached.query.weight.val(), merged.query.weight.val());
+    assert_eq!([read.dtype(), expected.dtype()], [DType::BF16; 2]);
+    assert_eq!(values(read.clone()), values(expected));
+    assert_ne!(values(read.clone()), values(model.query.weight.val()));
+    let found = gradients(read, &attached);
+    assert_eq!(found.len(), 2 * (6 + 5));
+    assert!(found.iter().any(|g| *g != 0.0));
+}
+
+#[derive(Module, Debug)]
+struct One {
+    query: Linear,
+}
+
+struct Bf16;
+
+impl ModuleMapper for Bf16 {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|t| t.cast(DType::BF16))
+    }
 }
