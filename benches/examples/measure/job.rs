@@ -19,6 +19,8 @@ pub(crate) enum What {
     Forward,
     /// A training step of LoRA's factors.
     Lora,
+    /// The same over a base whose matrices are held in bf16.
+    LoraBf16,
     /// The same through Burn's own `apply_lora`.
     ApplyLora,
     /// A training step of all parameters.

@@ -6,7 +6,9 @@ mod prepare;
 mod steps;
 mod trained;
 
-use burn_peft_models::{BertForSequenceClassification, LlamaForCausalLM, Pretrained, model_type};
+use burn_peft_models::{
+    BertForSequenceClassification, LlamaForCausalLM, Precision, Pretrained, model_type,
+};
 use job::{Failed, Job, Measured, What};
 use std::process::ExitCode;
 use steps::Peer;
@@ -16,7 +18,8 @@ fn measured<B: Peer>(job: &Job) -> Result<Measured, Failed> {
         What::Prepare => prepare::prepare::<B>(job),
         What::Rate => steps::rate(job),
         What::Forward => steps::forward::<B>(job),
-        What::Lora => trained::lora::<B>(job),
+        What::Lora => trained::lora::<B>(job, Precision::F32),
+        What::LoraBf16 => trained::lora::<B>(job, Precision::Bf16),
         What::ApplyLora => trained::apply_lora::<B>(job),
         What::Full => trained::full::<B>(job),
         What::Generate => steps::generate::<B>(job),

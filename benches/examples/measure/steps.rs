@@ -62,9 +62,18 @@ impl Peer for LlamaForCausalLM {
     }
 }
 
-/// The model and its places.
+/// The model in f32 and its places.
 pub(crate) fn base<B: Peer>(job: &Job, device: &Device) -> Result<(B, Sites), Failed> {
-    let model = B::load(&job.model, Precision::F32, 0, device, |_| ())?.model;
+    held(job, Precision::F32, device)
+}
+
+/// The model with its matrices held so, and its places.
+pub(crate) fn held<B: Peer>(
+    job: &Job,
+    precision: Precision,
+    device: &Device,
+) -> Result<(B, Sites), Failed> {
+    let model = B::load(&job.model, precision, 0, device, |_| ())?.model;
     let sites = Sites::of(&model, Some(B::OUTPUT));
     Ok((model, sites))
 }

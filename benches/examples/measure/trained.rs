@@ -1,7 +1,7 @@
 //! What is measured with gradients: a step is forward, backward, clipping and AdamW.
 
 use crate::job::{Failed, Job, Measured, timed, took};
-use crate::steps::{Peer, adapter, base};
+use crate::steps::{Peer, adapter, base, held};
 use burn::module::{Lora as BuiltIn, Module, ModuleMapper, Param, ParamGroup};
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Tensor};
@@ -23,9 +23,9 @@ fn adamw() -> ModuleOptimizer {
 }
 
 /// LoRA as burn-peft trains it: the base on the plain device, the factors beside it.
-pub(crate) fn lora<B: Peer>(job: &Job) -> Result<Measured, Failed> {
+pub(crate) fn lora<B: Peer>(job: &Job, precision: Precision) -> Result<Measured, Failed> {
     let device = Device::flex();
-    let (model, sites) = base::<B>(job, &device)?;
+    let (model, sites) = held::<B>(job, precision, &device)?;
     let adapters = adapter(job, 0, &sites, &device.clone().autodiff())?;
     let batch = B::batch(job);
     Objective::check(&model, &batch, &Scope::new(&adapters))?;

@@ -7,7 +7,8 @@ use burn::nn::Linear;
 use burn::tensor::activation::softmax;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{
-    Adapter, Error, Kind, Method, Names, OneOrMany, PlaceTensors, Site, Sites, Strictness, Targets,
+    Adapter, Error, Kind, Method, Names, OneOrMany, PlaceTensors, Scope, Site, Sites, Strictness,
+    Targets,
 };
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -82,7 +83,7 @@ impl Adapter for GatedPrompt {
         let [n, _] = prompt.dims();
         // [1, groups, n, d]: heads that share keys share these as well.
         let split = |layer: &Linear| {
-            let own = layer.forward(prompt.clone()); // [n, groups · d]
+            let own = Scope::plain().linear(layer, prompt.clone()); // [n, groups · d]
             let groups = own.dims()[1] / d;
             own.reshape([1, n, groups, d]).swap_dims(1, 2)
         };

@@ -6,7 +6,9 @@ use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::nn::conv::Conv2d;
 use burn::tensor::{Tensor, TensorData};
-use burn_peft_core::{Adapter, Error, Fold, Kind, Method, Names, Site, Sites, Strictness, Targets};
+use burn_peft_core::{
+    Adapter, Error, Fold, Kind, Method, Names, Scope, Site, Sites, Strictness, Targets,
+};
 use serde::{Deserialize, Serialize};
 
 /// (IA)³ (arXiv 2205.05638): `y = (xW + b) ⊙ l`, and `y = (x ⊙ l)W + b` at `feedforward_modules`.
@@ -67,7 +69,7 @@ impl Adapter for Ia3Adapter {
     fn linear_whole(&self, layer: &Linear, x: &Tensor<3>) -> Option<Tensor<3>> {
         let l = self.ia3_l.val();
         let scaled = || (x.clone().cast(l.dtype()) * l.clone().unsqueeze()).cast(x.dtype());
-        self.feedforward.then(|| layer.forward(scaled()))
+        self.feedforward.then(|| Scope::plain().linear(layer, scaled()))
     }
 
     fn conv2d(&self, layer: &Conv2d, x: &Tensor<4>, y: &Tensor<4>) -> Option<Tensor<4>> {

@@ -13,7 +13,7 @@ use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, Distribution, Tensor, TensorData};
 use burn_peft_core::{
     Adapter, Adapters, Batch, Beside, Error, Kind, Laid, Method, Overlay, PlaceTensors, SeenTokens,
-    Site, Sites, Strength, Targets, TrainedCopy,
+    Site, Sites, Strength, Targets, TrainedCopy, widened,
 };
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -106,7 +106,7 @@ struct Seen(Mutex<Option<[Tensor<2>; 2]>>);
 impl Adapter for Seen {
     fn linear(&self, layer: &Linear, x: &Tensor<3>, _y: &Tensor<3>) -> Option<Tensor<3>> {
         let [batch, rest, width] = x.dims();
-        let found = [layer.weight.val().dequantize(), x.clone().reshape([batch * rest, width])];
+        let found = [widened(layer.weight.val()), x.clone().reshape([batch * rest, width])];
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(found);
         None
     }

@@ -150,14 +150,13 @@ impl Method for PromptTuning {
     ) -> Result<Prompt, Error> {
         let (n, width) = (self.virtual_tokens.num_virtual_tokens, site.fan_out());
         self.virtual_tokens.fits(site, width)?;
-        let drawn = match (self.ids(site.fan_in(), rng)?, site.matrix()) {
-            (Some(ids), Some(table)) => {
-                let at = table.device();
-                let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [n]), &at);
-                let rows = table.without_autodiff().select(0, ids).into_data().convert::<f32>();
-                Tensor::from_data(rows, device)
-            }
-            _ => STANDARD.tensor([n, width], rng, device),
+        let rows = self.ids(site.fan_in(), rng)?.and_then(|ids| {
+            let at = site.device().inner();
+            site.rows(Tensor::<1, Int>::from_data(TensorData::new(ids, [n]), &at))
+        });
+        let drawn = match rows {
+            Some(rows) => Tensor::from_data(rows.into_data().convert::<f32>(), device),
+            None => STANDARD.tensor([n, width], rng, device),
         };
         Ok(Prompt { prompt_embeddings: Param::from_tensor(drawn) })
     }

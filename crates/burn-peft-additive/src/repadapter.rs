@@ -7,7 +7,7 @@ use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::module::linear;
 use burn::tensor::{Tensor, TensorData};
-use burn_peft_core::{Adapter, Error, Fold, Kind, Method, Site, Targets};
+use burn_peft_core::{Adapter, Error, Fold, Kind, Method, Scope, Site, Targets};
 use serde::{Deserialize, Serialize};
 
 /// RepAdapter (arXiv 2302.08106): `y = (x + s·U(x·D))·W + b`, `D [fan_in, r]` and `U` sparse: its `r` inputs
@@ -64,7 +64,7 @@ impl Adapter for RepAdapterAdapter {
         let wide = x.clone().cast(down.dtype());
         let h = linear(wide.clone(), down, None).reshape([batch * seq, r]);
         let moved = wide + self.up(h).reshape([batch, seq, fan_in]);
-        Some(layer.forward(moved.cast(x.dtype())))
+        Some(Scope::plain().linear(layer, moved.cast(x.dtype())))
     }
 
     fn by_token(&self) -> bool {

@@ -156,16 +156,16 @@ impl Method for TrainableTokens {
     ) -> Result<TrainableTokensAdapter, Error> {
         let drawn = Draw::Normal(0.0, 1.0).tensor(self.shape(site), rng, device);
         let adapter = self.adapter(site, Param::from_tensor(drawn), device)?;
-        match site.matrix() {
-            Some(w) if self.init_weights => {
-                let own = w.select(0, adapter.token_indices.clone());
+        let own = site.rows(adapter.token_indices.clone());
+        match own.filter(|_| self.init_weights) {
+            Some(own) => {
                 let own = Tensor::from_data(own.into_data().convert::<f32>(), device);
                 Ok(TrainableTokensAdapter {
                     trainable_tokens_delta: Param::from_tensor(own),
                     ..adapter
                 })
             }
-            _ => Ok(adapter),
+            None => Ok(adapter),
         }
     }
 

@@ -6,7 +6,7 @@ use crate::numbers::Draw;
 use crate::prompt::{EMBEDDINGS, PREFIXES, UNREAD, between, in_front};
 use burn::module::{Module, Param};
 use burn::nn::Linear;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{
     Adapter, Error, Kind, Mask, Method, PlaceTensors, SeenTokens, Site, Sites, Targets,
 };
@@ -127,13 +127,13 @@ fn rows(site: &Site, field: &'static str, ids: &[usize]) -> Result<TensorData, E
         let reason = format!("expected tokens below {known}, as the model has them, found {id}");
         return Err(Error::config(field, reason));
     }
-    let Some(table) = site.matrix() else {
-        return Err(Error::place(&site.path, "expected a table of words, found a vector"));
-    };
     let ids: Vec<i32> = ids.iter().map(|id| *id as i32).collect();
     let count = ids.len();
-    let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [count]), &table.device().inner());
-    Ok(table.without_autodiff().select(0, ids).into_data().convert::<f32>())
+    let ids = TensorData::new(ids, [count]);
+    match site.rows(Tensor::from_data(ids, &site.device().inner())) {
+        Some(rows) => Ok(rows.into_data().convert::<f32>()),
+        None => Err(Error::place(&site.path, "expected a table of words, found a vector")),
+    }
 }
 
 /// The number of the `[MASK]` in the table at `site`.

@@ -95,6 +95,9 @@ pub(crate) struct ModelArgs {
     /// flex, ndarray, wgpu, vulkan or cuda, if the build has it
     #[arg(long, default_value = "flex")]
     pub(crate) device: String,
+    /// In which type the model's matrices are held: float32, bfloat16 or float16; all else is float32
+    #[arg(long, default_value = "float32")]
+    pub(crate) dtype: String,
 }
 
 /// Options of `train`. Every one can also stand in the file of `--config`, with `_` for `-`.
@@ -149,6 +152,10 @@ pub(crate) struct TrainArgs {
     /// flex, ndarray, wgpu, vulkan or cuda, if the build has it [default: flex]
     #[arg(long)]
     pub(crate) device: Option<String>,
+    /// In which type the model's matrices are held: float32, bfloat16 or float16; adapters and all else are
+    /// float32 [default: float32]
+    #[arg(long)]
+    pub(crate) dtype: Option<String>,
     /// Name of the text's column or field [default: text]
     #[arg(long)]
     pub(crate) text_column: Option<String>,

@@ -160,8 +160,8 @@ fn write_merged<M: Pretrained>(
     fields: &[(&str, serde_json::Value)],
 ) -> Result<(), Failure> {
     let mut fields = fields.to_vec();
-    // What was read in half precision is written as it was merged.
-    fields.extend([("torch_dtype", json!("float32")), ("dtype", json!("float32"))]);
+    // It is written as it was held to be merged, whatever was read.
+    fields.extend(["torch_dtype", "dtype"].map(|name| (name, json!(args.model.dtype))));
     let mut folds: Vec<Box<dyn Folds + '_>> = Vec::new();
     for adapters in &ready.adapters {
         let name = adapters.name();

@@ -3,15 +3,14 @@
 use crate::args::ModelArgs;
 use crate::failure::Failure;
 use crate::files::{head_rows, read_labels};
+use crate::options::precision;
 use burn::tensor::Device;
 use burn_peft::core::{Overlay, Scope, Site, Sites, adapter_folders, peft_type};
 pub(crate) use burn_peft::models::{
     BertForSequenceClassification as Bert, Dinov2ForImageClassification as Dinov2,
     ViTForImageClassification as Vit,
 };
-use burn_peft::models::{
-    Classes, Classifier, LlamaForCausalLM, Loaded, Precision, Pretrained, model_type,
-};
+use burn_peft::models::{Classes, Classifier, LlamaForCausalLM, Loaded, Pretrained, model_type};
 use burn_peft::registry::{AnyAdapters, load_any};
 use std::path::{Path, PathBuf};
 
@@ -203,7 +202,7 @@ pub(crate) fn classifier<M: Classifier>(
             classes.resize(rows);
         }
     };
-    let loaded = M::load(&args.model, Precision::F32, 0, &device, edit)?;
+    let loaded = M::load(&args.model, precision(&args.dtype)?, 0, &device, edit)?;
     let classes = M::classes(&loaded.config).clone();
     let own = classes.names();
     let labels = labels.filter(|names| names.len() == own.len()).unwrap_or(own);
@@ -213,7 +212,8 @@ pub(crate) fn classifier<M: Classifier>(
 /// A causal language model with its adapters.
 pub(crate) fn causal(args: &ModelArgs) -> Result<Ready<LlamaForCausalLM>, Failure> {
     let device = burn_peft::device::by_name(&args.device)?;
-    let loaded = LlamaForCausalLM::load(&args.model, Precision::F32, 0, &device, |_| ())?;
+    let precision = precision(&args.dtype)?;
+    let loaded = LlamaForCausalLM::load(&args.model, precision, 0, &device, |_| ())?;
     let ready = ready(args, loaded, device)?;
     ready.refuse_fresh(&args.model)?;
     Ok(ready)

@@ -3,6 +3,7 @@
 use crate::args::TrainArgs;
 use crate::failure::Failure;
 use burn_peft::core::{Method, Names, OneOrMany};
+use burn_peft::models::Precision;
 use burn_peft::train::data::{TextUnit, data_files};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -219,6 +220,18 @@ pub(crate) fn text_unit(name: Option<&str>) -> Result<TextUnit, Failure> {
         Some("file") => Ok(TextUnit::File),
         Some(other) => Err(Failure::new(format!(
             "--text-unit: expected line, paragraph or file, found {other}"
+        ))),
+    }
+}
+
+/// In which type the matrices of the base are held, in the words of `from_pretrained(dtype=..)`.
+pub(crate) fn precision(dtype: &str) -> Result<Precision, Failure> {
+    match dtype {
+        "float32" => Ok(Precision::F32),
+        "bfloat16" => Ok(Precision::Bf16),
+        "float16" => Ok(Precision::F16),
+        other => Err(Failure::new(format!(
+            "--dtype: expected float32, bfloat16 or float16, found {other}"
         ))),
     }
 }

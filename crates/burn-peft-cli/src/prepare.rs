@@ -5,7 +5,7 @@ use crate::model::{Bert, causal_length};
 use crate::options::{need, text_unit};
 use crate::train::{Setup, finish};
 use burn_peft::core::Scope;
-use burn_peft::models::{Classifier, LlamaForCausalLM, Loaded, Precision, Pretrained};
+use burn_peft::models::{Classifier, LlamaForCausalLM, Loaded, Pretrained};
 use burn_peft::train::data::{
     CausalItem, ClassItem, Columns, Encoded, Example, Labels, TextTokenizer, causal_batch,
     class_batch, hold_out, pack, read_causal, read_labelled,
@@ -32,7 +32,7 @@ pub(crate) fn with_classes<M: Classifier>(
 ) -> Result<(Loaded<M>, Vec<String>), Failure> {
     let edit = |config: &mut M::Config| M::classes_mut(config).resize(count);
     let seed = setup.options.seed;
-    let loaded = M::load(&setup.model, Precision::F32, seed, &setup.device, edit)?;
+    let loaded = M::load(&setup.model, setup.precision, seed, &setup.device, edit)?;
     // Whatever nobody trained before is trained now, and travels with the adapter.
     let fresh = |name: &String| name.rsplit_once('.').map(|(place, _)| place.to_owned());
     let mut saved: Vec<String> = loaded.fresh.iter().filter_map(fresh).collect();
@@ -178,7 +178,7 @@ pub(crate) fn causal(setup: &Setup) -> Result<(), Failure> {
     let unit = text_unit(args.text_unit.as_deref())?;
     let loaded = LlamaForCausalLM::load(
         &setup.model,
-        Precision::F32,
+        setup.precision,
         setup.options.seed,
         &setup.device,
         |_| (),

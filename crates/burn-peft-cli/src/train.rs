@@ -6,12 +6,12 @@ use crate::files::{ADAPTER_FILES, LABELS, SUMMARY, claim, json_bytes, peak_memor
 use crate::images;
 use crate::make::{Made, Make, save};
 use crate::model::{Dinov2, Task, Vision, Vit};
-use crate::options::{fingerprint, merged, need, part};
+use crate::options::{fingerprint, merged, need, part, precision};
 use crate::prepare::{Prepared, causal, texts};
 use burn::module::Module;
 use burn::tensor::Device;
 use burn_peft::core::{Scope, Sites};
-use burn_peft::models::Pretrained;
+use burn_peft::models::{Precision, Pretrained};
 use burn_peft::train::checkpoint::{Checkpoint, past_events};
 use burn_peft::train::{
     Console, EvalFeed, Event, MetricsFile, Objective, Observer, Options, Report, Run, Sample,
@@ -30,6 +30,7 @@ pub(crate) struct Setup {
     fields: Map<String, Value>,
     pub(crate) options: Options,
     pub(crate) device: Device,
+    pub(crate) precision: Precision,
     out: PathBuf,
     pub(crate) model: PathBuf,
     task: Task,
@@ -43,6 +44,7 @@ pub(crate) fn run(args: TrainArgs) -> Result<(), Failure> {
     options.check()?;
     let task = Task::of(&model, args.task.as_deref())?;
     let device = burn_peft::device::by_name(args.device.as_deref().unwrap_or("flex"))?;
+    let precision = precision(args.dtype.as_deref().unwrap_or("float32"))?;
     if args.resume && args.overwrite {
         return Err(Failure::new(
             "--resume continues a run and --overwrite replaces it; give one of them",
@@ -59,7 +61,7 @@ pub(crate) fn run(args: TrainArgs) -> Result<(), Failure> {
             Checkpoint::of(&out).remove();
         }
     }
-    let setup = Setup { args, fields, options, device, out, model, task };
+    let setup = Setup { args, fields, options, device, precision, out, model, task };
     match task {
         Task::Classification => texts(&setup),
         Task::Images(Vision::Vit) => images::train::<Vit>(&setup),

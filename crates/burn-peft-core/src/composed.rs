@@ -5,13 +5,13 @@
 //! activation costs as much as the dense difference itself (a Hadamard product with `W`, a sparse mask, a
 //! spectrum). Its backward forms a gradient as large as the weight.
 
-use crate::{Fold, as_matrix, from_matrix};
+use crate::{Fold, as_matrix, from_matrix, widened};
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Embedding, Linear};
 use burn::tensor::{Int, Tensor};
 
 fn bias<F: Fold + ?Sized>(fold: &F, base: Option<Tensor<1>>) -> Option<Tensor<1>> {
-    base.map(|b| match fold.bias(&b) {
+    base.map(widened).map(|b| match fold.bias(&b) {
         Some(delta) => b + delta,
         None => b,
     })
@@ -19,9 +19,9 @@ fn bias<F: Fold + ?Sized>(fold: &F, base: Option<Tensor<1>>) -> Option<Tensor<1>
 
 /// The whole output `x·(W + Δ(W)) + b + Δ(b)`, for [`Adapter::linear_whole`](crate::Adapter::linear_whole).
 pub fn linear<F: Fold + ?Sized>(fold: &F, layer: &Linear, x: &Tensor<3>) -> Option<Tensor<3>> {
-    let w = layer.weight.val().dequantize();
+    let w = widened(layer.weight.val());
     let delta = fold.weight(&w)?;
-    // A base in half precision is met in the adapter's.
+    // Another base is met in the adapter's precision.
     let dtype = delta.dtype();
     let bias = bias(fold, layer.bias.as_ref().map(|b| b.val().cast(dtype)));
     let y = burn_peft_kernels::linear(x.clone().cast(dtype), w.cast(dtype) + delta, bias);
@@ -34,7 +34,7 @@ pub fn embedding<F: Fold + ?Sized>(
     layer: &Embedding,
     ids: &Tensor<2, Int>,
 ) -> Option<Tensor<3>> {
-    let delta = fold.weight(&layer.weight.val())?;
+    let delta = fold.weight(&widened(layer.weight.val()))?;
     Some(burn::tensor::module::embedding(delta, ids.clone()))
 }
 

@@ -1,6 +1,6 @@
 //! A trained copy of a layer's own parameters: `modules_to_save` and trained biases.
 
-use crate::{Adapter, Fold, Site, Value};
+use crate::{Adapter, Fold, Site, Value, widened};
 use burn::module::{Module, Param};
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Embedding, Linear};
@@ -34,7 +34,8 @@ pub(crate) fn leaf<const D: usize>(tensor: Tensor<D>, device: &Device) -> Param<
 }
 
 impl TrainedCopy {
-    /// A copy of the parameters at `site`, trainable on `device`; equal to the base at first.
+    /// A copy of the parameters at `site`, trainable on `device`; equal to the base at first, and in f32 where that is
+    /// in half precision.
     ///
     /// `None` where the place has no such part.
     pub fn of(site: &Site, part: Part, device: &Device) -> Option<Self> {
@@ -64,14 +65,14 @@ impl Adapter for TrainedCopy {
         if self.weight.is_some() {
             return self.linear_whole(layer, x).map(|whole| whole - y.clone());
         }
-        let delta = self.bias.as_ref()?.val() - layer.bias.as_ref()?.val();
+        let delta = self.bias.as_ref()?.val() - widened(layer.bias.as_ref()?.val());
         Some(delta.unsqueeze::<3>().expand(y.dims()))
     }
 
     fn linear_whole(&self, layer: &Linear, x: &Tensor<3>) -> Option<Tensor<3>> {
-        let weight = self.weight.clone()?;
-        let copy = Linear { weight, bias: self.replace_bias(&layer.bias) };
-        Some(copy.forward(x.clone()))
+        let weight = self.weight.as_ref()?.val();
+        let bias = self.replace_bias(&layer.bias).map(|bias| bias.val());
+        Some(burn_peft_kernels::linear(x.clone(), weight, bias))
     }
 
     fn by_token(&self) -> bool {

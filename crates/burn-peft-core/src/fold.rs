@@ -1,7 +1,9 @@
 //! Differences folded into parameters: [`attach`] to train any Burn model, [`merge`] for a plain one.
 
+use crate::widened::is_half;
 use crate::{
     Adapters, Error, Fold, Folds, Sites, TrainedCopy, Value, as_matrix, from_matrix, hf_path,
+    widened,
 };
 use burn::module::{
     Module, ModuleDisplay, ModuleMapper, Param, Reparameterization, Reparameterizer,
@@ -17,7 +19,8 @@ fn split(path: &str) -> Option<(&str, &str)> {
 ///
 /// The effective value is `W + Δ(W)`, composed densely on every read. That is the price of a model
 /// that knows nothing of adapters; models of ours take the factored way through
-/// [`Scope`](crate::Scope).
+/// [`Scope`](crate::Scope). A parameter in half precision is read so too: the sum is formed in f32 and rounded once, as
+/// [`merge`] does.
 #[derive(Module, Debug)]
 pub struct Attached<A: Module + ModuleDisplay> {
     adapter: Option<A>,
@@ -37,11 +40,12 @@ impl<A: Module + ModuleDisplay + Fold + Sync + 'static> Reparameterization for A
         ) -> Tensor<R> {
             [adapter, copy].into_iter().flatten().fold(base, |sum, delta| sum + delta)
         }
-        // A quantized base is met in floats.
-        let base = base.dequantize();
+        let own = base.dtype();
+        let base = widened(base);
+        let rounded = |sum: Tensor<D>| if is_half(own) { sum.cast(own) } else { sum };
         let shape = base.dims();
         let folds = (self.adapter.as_ref(), self.copy.as_ref());
-        match Value::new(base.clone()) {
+        rounded(match Value::new(base.clone()) {
             Some(Value::D1(v)) if self.bias => {
                 let deltas =
                     (folds.0.and_then(|a| a.bias(&v)), folds.1.and_then(|c| Fold::bias(c, &v)));
@@ -58,7 +62,7 @@ impl<A: Module + ModuleDisplay + Fold + Sync + 'static> Reparameterization for A
                     (folds.0.and_then(|a| a.weight(&w)), folds.1.and_then(|c| c.weight(&w)));
                 from_matrix(total(w, deltas.0, deltas.1), shape)
             }
-        }
+        })
     }
 }
 
@@ -84,7 +88,7 @@ impl<A: Module + ModuleDisplay + Fold + Sync + 'static> Reparameterizer for Atta
         }
         let bias = name == "bias";
         // Only what changes this parameter goes along, so that each factor is met once.
-        let touches = match Value::new(param.base()) {
+        let touches = match Value::new(widened(param.base())) {
             Some(Value::D1(v)) if bias => (
                 adapter.is_some_and(|a| a.bias(&v).is_some()),
                 copy.is_some_and(|c| Fold::bias(c, &v).is_some()),
@@ -152,7 +156,8 @@ fn check<M: Module>(model: &M, folds: &dyn Folds) -> Result<(), Error> {
 /// A plain model with the adapters folded in: `W' = W + Σ wᵢ·Δᵢ(W)`. The old model is still there.
 ///
 /// Of a quantized base the weights that change come out in floats: rounded again, they would lose what was
-/// trained.
+/// trained. Of one in half precision they are added up in f32 and rounded once, so that what is written is as small as
+/// the base.
 ///
 /// # Errors
 /// A path of the adapters that the model does not have, a bias for a layer that has none, or a
@@ -195,12 +200,11 @@ impl Merger<'_> {
             let Some(delta) = fold(*folds, base) else {
                 continue;
             };
-            // Half-precision bases are merged in the adapter's precision and rounded once.
             let delta = delta.without_autodiff() * *weight;
             let start = sum.take().unwrap_or_else(|| base.clone().cast(delta.dtype()));
             sum = Some(start + delta);
         }
-        sum.map(|merged| merged.cast(base.dtype()))
+        sum
     }
 }
 
@@ -218,7 +222,11 @@ impl ModuleMapper for Merger<'_> {
         let Some((place, name)) = split(&path) else {
             return param;
         };
-        let base = param.base().without_autodiff().dequantize();
+        let base = param.base().without_autodiff();
+        // Half precision is merged in the adapter's and rounded once.
+        let own = base.dtype();
+        let base = widened(base);
+        let own = if is_half(own) { own } else { base.dtype() };
         let shape = base.dims();
         let merged: Option<Tensor<D>> = match (Value::new(base.clone()), name) {
             (Some(Value::D1(v)), "bias") => {
@@ -235,6 +243,7 @@ impl ModuleMapper for Merger<'_> {
         match merged {
             None => param,
             Some(value) => {
+                let value = value.cast(own);
                 let finite = value.clone().is_finite().all().into_scalar::<bool>();
                 if !finite && self.broken.is_none() {
                     self.broken = Some(path);

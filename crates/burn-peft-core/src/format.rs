@@ -1,9 +1,10 @@
 //! HF PEFT's files, both directions: `adapter_config.json` and `adapter_model.safetensors`.
 
 use crate::adapters::copies;
+use crate::widened::is_half;
 use crate::{
     Adapters, Error, Method, Part, PlaceTensors, Site, Sites, Strictness, TensorFile, TrainedCopy,
-    Unwritten, tensor_bytes, write_together,
+    Unwritten, Value, tensor_bytes, write_together,
 };
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor, TensorData};
@@ -331,7 +332,13 @@ fn drop_base_weight(places: &str, site: &Site, file: &mut TensorFile) -> Result<
         return Ok(());
     };
     let own = weight_data(site, own).convert::<f32>();
-    let stored = file.take_data(&name)?.convert::<f32>();
+    let stored = file.take_data(&name)?;
+    // The same model, whichever of both was rounded to half precision.
+    let stored = match &site.weight {
+        Value::D2(weight) if is_half(weight.dtype()) => stored.convert_dtype(weight.dtype()),
+        _ => stored,
+    };
+    let stored = stored.convert::<f32>();
     match stored.shape() == own.shape() && stored.as_bytes() == own.as_bytes() {
         true => Ok(()),
         false => Err(Error::tensor(

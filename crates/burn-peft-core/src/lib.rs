@@ -47,6 +47,7 @@ mod summary;
 mod survey;
 mod targets;
 mod tensors;
+mod widened;
 
 pub use adapter::{Adapter, Fold};
 pub use adapters::{Adapters, Folded, Folds, adapt};
@@ -82,3 +83,4 @@ pub use targets::{ALL_LINEAR, Names, OneOrMany, Strictness, Targets, pattern_val
 pub use tensors::{
     PlaceTensors, TensorFile, tensor_bytes, write_atomic, write_tensors, write_together,
 };
+pub use widened::widened;

@@ -2,7 +2,7 @@
 
 use crate::routed::Cut;
 use crate::sum::{Read, States, sum};
-use crate::{Adapter, Carried, Grid, Hidden, Laid, Mask, Overlay, SeenTokens, Strength};
+use crate::{Adapter, Carried, Grid, Hidden, Laid, Mask, Overlay, SeenTokens, Strength, widened};
 use burn::module::Param;
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Embedding, LayerNorm, Linear, RmsNorm};
@@ -134,9 +134,10 @@ impl<'a> Scope<'a> {
         y.reshape(dims)
     }
 
-    /// An embedding with what lies over it: `[batch, seq]` → `[batch, seq, dim]`.
+    /// An embedding with what lies over it: `[batch, seq]` → `[batch, seq, dim]`. Of a table in half precision the rows
+    /// that are asked for are widened, so that all activations of the model are f32.
     pub fn embedding(&self, layer: &Embedding, ids: Tensor<2, Int>) -> Tensor<3> {
-        let y0 = layer.forward(ids.clone());
+        let y0 = widened(layer.forward(ids.clone()));
         sum(self.laid(), &ids, y0, |a, ids, y| a.embedding(layer, ids, y))
     }
 

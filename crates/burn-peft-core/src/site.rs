@@ -1,8 +1,9 @@
 //! Places of a model: found by one visitor, named as the Hugging Face checkpoint names them.
 
-use crate::{HiddenPlace, MaskPlace};
+use crate::widened::is_half;
+use crate::{HiddenPlace, MaskPlace, widened};
 use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 use std::any::Any;
 use std::collections::BTreeMap;
 
@@ -98,9 +99,9 @@ pub struct Site {
     pub path: String,
     /// What stands here.
     pub kind: Kind,
-    /// The weight, a handle on the base model's own.
+    /// The weight, a handle on the base model's own; a vector in half precision is [`widened`].
     pub weight: Value,
-    /// The bias, where there is one.
+    /// The bias, where there is one, likewise.
     pub bias: Option<Tensor<1>>,
     /// Of a table of words, what the model says of its `[MASK]`.
     pub mask: Option<MaskPlace>,
@@ -127,14 +128,23 @@ impl Site {
         }
     }
 
-    /// The weight as a matrix `[fan_in, fan_out]`; `None` where it is a vector. A quantized weight is read
-    /// back into floats, which is a copy.
+    /// The weight as a matrix `[fan_in, fan_out]`, [`widened`], which is a copy of one that is quantized or in half
+    /// precision; `None` where it is a vector.
     pub fn matrix(&self) -> Option<Tensor<2>> {
         match &self.weight {
             Value::D1(_) => None,
-            Value::D2(t) => Some(t.clone().dequantize()),
-            Value::D3(t) => Some(as_matrix(t.clone())),
-            Value::D4(t) => Some(as_matrix(t.clone())),
+            Value::D2(t) => Some(widened(t.clone())),
+            Value::D3(t) => Some(as_matrix(widened(t.clone()))),
+            Value::D4(t) => Some(as_matrix(widened(t.clone()))),
+        }
+    }
+
+    /// These rows of the weight as a matrix, [`widened`], of which no more is copied where it is in half precision; `None`
+    /// where it is a vector.
+    pub fn rows(&self, rows: Tensor<1, Int>) -> Option<Tensor<2>> {
+        match &self.weight {
+            Value::D2(t) if is_half(t.dtype()) => Some(widened(t.clone().select(0, rows))),
+            _ => Some(self.matrix()?.select(0, rows)),
         }
     }
 
@@ -340,10 +350,11 @@ impl ModuleVisitor for Finder {
         match hf_component(name) {
             "weight" => {
                 entry.kind = kind_of(owner, D);
-                entry.weight = Value::new(param.base());
+                let weight = param.base();
+                entry.weight = Value::new(if D == 1 { widened(weight) } else { weight });
             }
             "bias" if D == 1 => {
-                if let Some(Value::D1(bias)) = Value::new(param.base()) {
+                if let Some(Value::D1(bias)) = Value::new(widened(param.base())) {
                     entry.bias = Some(bias);
                 }
             }

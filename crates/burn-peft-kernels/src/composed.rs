@@ -4,8 +4,22 @@
 use burn::tensor::activation::{log_softmax, silu, softmax};
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
-/// As [`linear`](crate::linear).
+/// Whether it is bf16 or f16.
+fn is_half(dtype: DType) -> bool {
+    matches!(dtype, DType::F16 | DType::BF16)
+}
+
+/// A parameter as an input `x` meets it: in half precision it is made of `x`'s type.
+pub(crate) fn met<const P: usize, const D: usize>(
+    parameter: Tensor<P>,
+    x: &Tensor<D>,
+) -> Tensor<P> {
+    if is_half(parameter.dtype()) { parameter.cast(x.dtype()) } else { parameter }
+}
+
+/// As [`linear`](crate::linear). A weight in half precision is widened whole, for as long as the product takes.
 pub fn linear<const D: usize>(x: Tensor<D>, w: Tensor<2>, b: Option<Tensor<1>>) -> Tensor<D> {
+    let (w, b) = (met(w, &x), b.map(|b| met(b, &x)));
     burn::tensor::module::linear(x, w, b)
 }
 
@@ -39,7 +53,7 @@ pub fn layer_norm<const D: usize>(
     epsilon: f64,
 ) -> Tensor<D> {
     let own = x.dtype();
-    let wide = if matches!(own, DType::F16 | DType::BF16) { DType::F32 } else { own };
+    let wide = if is_half(own) { DType::F32 } else { own };
     let beta = beta.map(|beta| beta.cast(wide));
     burn::tensor::module::layer_norm(x.cast(wide), gamma.cast(wide), beta, epsilon).cast(own)
 }
@@ -47,7 +61,8 @@ pub fn layer_norm<const D: usize>(
 /// As [`rms_norm`](crate::rms_norm); half precision is widened for the sum.
 pub fn rms_norm<const D: usize>(x: Tensor<D>, gamma: Tensor<1>, epsilon: f64) -> Tensor<D> {
     let own = x.dtype();
-    let wide = if matches!(own, DType::F16 | DType::BF16) { DType::F32 } else { own };
+    let wide = if is_half(own) { DType::F32 } else { own };
+    let gamma = met(gamma, &x);
     let rms = (x.clone().cast(wide).square().mean_dim(D - 1) + epsilon).sqrt();
     x / rms.cast(own) * gamma.unsqueeze()
 }

@@ -5,6 +5,10 @@
 //! hand-written backward; elsewhere it is the plain composition of Burn's operations, which is also the
 //! reference that tests compare values and gradients with ([`composed`]).
 //!
+//! Parameters may be held in half precision, bf16 or f16, under an input in f32: each is widened where it is used, which
+//! loses nothing, and all arithmetic is f32's. On flex the weight of a product that is a constant is widened a block at
+//! a time; in a composition there is an f32 copy of it while the operation runs.
+//!
 //! Plain tensors among the inputs are constants, as everywhere in Burn: no gradient is formed for them.
 
 pub mod composed;
@@ -22,6 +26,18 @@ fn fused(devices: &[Device], types: &[burn::tensor::DType]) -> bool {
     let flex = Device::flex();
     types.iter().all(|t| *t == burn::tensor::DType::F32)
         && devices.iter().all(|d| d.clone().without_autodiff() == flex)
+}
+
+/// Whether a product's weight is read as it is held: in f32, or in half precision as a constant. One on the autodiff
+/// device may be tracked, and its gradient is the composition's.
+#[cfg(feature = "flex")]
+fn held(w: &Tensor<2>) -> bool {
+    use burn::tensor::DType;
+    match w.dtype() {
+        DType::F32 => true,
+        DType::BF16 | DType::F16 => !w.device().is_autodiff(),
+        _ => false,
+    }
 }
 
 /// Whether one shape costs on this device what the next one does: on flex. A GPU's kernels are compiled and tuned for
@@ -43,19 +59,26 @@ macro_rules! on_flex {
             return $fused;
         }
     };
+    ([$($tensor:expr),*], over $w:expr => $fused:expr) => {
+        #[cfg(feature = "flex")]
+        if fused(&[$w.device(), $($tensor.device()),*], &[$($tensor.dtype()),*]) && held(&$w) {
+            return $fused;
+        }
+    };
 }
 
 /// `y = x·W + b`: `x [.., in]`, `W [in, out]`, `b [out]` → `[.., out]`.
 ///
-/// All leading axes of `x` are rows of one product, and the bias is where the product is added up.
+/// All leading axes of `x` are rows of one product, and the bias is where the product is added up. `W` and `b` may be in
+/// half precision.
 pub fn linear<const D: usize>(x: Tensor<D>, w: Tensor<2>, b: Option<Tensor<1>>) -> Tensor<D> {
-    match b {
+    match b.map(|b| composed::met(b, &x)) {
         Some(b) => {
-            on_flex!([x, w, b] => flex::linear_biased(x, w, b));
+            on_flex!([x, b], over w => flex::linear_biased(x, w, b));
             composed::linear(x, w, Some(b))
         }
         None => {
-            on_flex!([x, w] => flex::linear(x, w));
+            on_flex!([x], over w => flex::linear(x, w));
             composed::linear(x, w, None)
         }
     }
@@ -64,7 +87,8 @@ pub fn linear<const D: usize>(x: Tensor<D>, w: Tensor<2>, b: Option<Tensor<1>>) 
 /// A linear layer with a difference of low rank, `y = x·W + bias + s·x·A·B` (arXiv 2106.09685): `x [.., in]`,
 /// `W [in, out]`, `bias [out]`, `A [in, r]`, `B [r, out]` → `[.., out]`.
 ///
-/// Fused, what the factors give is added up in the layer's own output, and in the gradient of `x`.
+/// Fused, what the factors give is added up in the layer's own output, and in the gradient of `x`. `W` and `bias` may be
+/// in half precision.
 pub fn low_rank<const D: usize>(
     x: Tensor<D>,
     w: Tensor<2>,
@@ -72,13 +96,13 @@ pub fn low_rank<const D: usize>(
     (a, b): (Tensor<2>, Tensor<2>),
     scale: f64,
 ) -> Tensor<D> {
-    match bias {
+    match bias.map(|bias| composed::met(bias, &x)) {
         Some(bias) => {
-            on_flex!([x, w, bias, a, b] => flex::low_rank_biased(x, w, bias, a, b, scale));
+            on_flex!([x, bias, a, b], over w => flex::low_rank_biased(x, w, bias, a, b, scale));
             composed::low_rank(x, w, Some(bias), (a, b), scale)
         }
         None => {
-            on_flex!([x, w, a, b] => flex::low_rank(x, w, a, b, scale));
+            on_flex!([x, a, b], over w => flex::low_rank(x, w, a, b, scale));
             composed::low_rank(x, w, None, (a, b), scale)
         }
     }
@@ -104,6 +128,7 @@ pub fn layer_norm<const D: usize>(
     beta: Option<Tensor<1>>,
     epsilon: f64,
 ) -> Tensor<D> {
+    let (gamma, beta) = (composed::met(gamma, &x), beta.map(|beta| composed::met(beta, &x)));
     match beta {
         Some(beta) => {
             on_flex!([x, gamma, beta] => flex::layer_norm(x, gamma, beta, epsilon));
@@ -116,6 +141,7 @@ pub fn layer_norm<const D: usize>(
 /// Root-mean-square norm over the last axis (arXiv 1910.07467): `x/√(mean(x²) + ε)·γ`,
 /// `x [.., dim]`, `γ [dim]`.
 pub fn rms_norm<const D: usize>(x: Tensor<D>, gamma: Tensor<1>, epsilon: f64) -> Tensor<D> {
+    let gamma = composed::met(gamma, &x);
     on_flex!([x, gamma] => flex::rms_norm(x, gamma, epsilon));
     composed::rms_norm(x, gamma, epsilon)
 }
@@ -133,13 +159,14 @@ pub fn rotate(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>) -> Tensor<4> {
 /// `x [n, in]`, `W [in, classes]`, a target a row → `[1]` and `[1]`.
 ///
 /// Fused, no `[n, classes]` matrix is made, neither for the value nor for the gradients, which come out of the
-/// same pass (arXiv 2410.10989). For a vocabulary of 49,152 and 1,024 tokens that matrix is 200 MB.
+/// same pass (arXiv 2410.10989). For a vocabulary of 49,152 and 1,024 tokens that matrix is 200 MB. `W` may be in half
+/// precision.
 ///
 /// # Panics
 /// If there is not one target a row, or a target is no class.
 pub fn cross_entropy(x: Tensor<2>, w: Tensor<2>, targets: Vec<i32>) -> (Tensor<1>, Tensor<1, Int>) {
     #[cfg(feature = "flex")]
-    if fused(&[x.device(), w.device()], &[x.dtype(), w.dtype()]) {
+    if fused(&[x.device(), w.device()], &[x.dtype()]) && held(&w) {
         let both = flex::cross_entropy(x, w, targets);
         let correct = both.clone().without_autodiff().narrow(0, 1, 1).int();
         return (both.narrow(0, 0, 1), correct);

@@ -3,7 +3,7 @@
 #![cfg(feature = "flex")]
 #![allow(missing_docs)]
 
-use burn::tensor::{Device, Distribution, Tensor, TensorData};
+use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
 use burn_peft_kernels::{self as kernels, composed};
 use proptest::prelude::*;
 
@@ -95,6 +95,48 @@ proptest! {
         let w = w.inner();
         same!(t, [x, a, b], kernels::low_rank(x.clone(), w.clone(), None, pair(), 2.0),
             composed::low_rank(x.clone(), w.clone(), None, pair(), 2.0));
+    }
+
+    /// Over a weight in half precision, of as many rows as are taken one by one, and of more.
+    #[test]
+    fn half(
+        rows in 1_usize..12, fan_in in 1_usize..70, fan_out in 1_usize..70, r in 1_usize..6, f16 in any::<bool>(),
+        lies in 0_usize..3,
+    ) {
+        let dtype = if f16 { DType::F16 } else { DType::BF16 };
+        let held = |shape: [usize; 2], seed| random(shape, seed).inner().cast(dtype);
+        let w = match lies {
+            0 => held([fan_in, fan_out], 2),
+            1 => held([fan_out, fan_in], 2).transpose(),
+            // With gaps.
+            _ => held([fan_in + 2, fan_out + 3], 2).narrow(0, 1, fan_in).narrow(1, 2, fan_out),
+        };
+        let wide = || w.clone().cast(DType::F32);
+        let x = random([rows, 1, fan_in], 1);
+        let b = random([fan_out], 3).inner().cast(dtype);
+        let bias = || b.clone().cast(DType::F32);
+        let t = tolerance(fan_in.max(fan_out));
+        same!(t, [x], kernels::linear(x.clone(), w.clone(), Some(b.clone())),
+            composed::linear(x.clone(), wide(), Some(bias())));
+        same!(t, [x], kernels::linear(x.clone(), w.clone(), None), composed::linear(x.clone(), wide(), None));
+        // The composition meets it as well.
+        same!(t, [x], composed::linear(x.clone(), w.clone(), Some(b.clone())),
+            composed::linear(x.clone(), wide(), Some(bias())));
+        let (down, up) = (random([fan_in, r], 4), random([r, fan_out], 5));
+        let t = tolerance(fan_in.max(fan_out).max(rows)) * tolerance(r) / f32::EPSILON;
+        same!(t, [x, down, up],
+            kernels::low_rank(x.clone(), w.clone(), Some(b.clone()), (down.clone(), up.clone()), 0.5),
+            composed::low_rank(x.clone(), wide(), Some(bias()), (down.clone(), up.clone()), 0.5));
+        same!(t, [x, down, up],
+            kernels::low_rank(x.clone(), w.clone(), None, (down.clone(), up.clone()), 0.5),
+            composed::low_rank(x.clone(), wide(), None, (down.clone(), up.clone()), 0.5));
+        let targets: Vec<i32> = (0..rows).map(|i| (i * 31 % fan_out) as i32).collect();
+        let x = random([rows, fan_in], 6);
+        let t = tolerance(fan_in.max(fan_out).max(rows));
+        let (found, right) = kernels::cross_entropy(x.clone(), w.clone(), targets.clone());
+        let plain = || composed::cross_entropy(composed::linear(x.clone(), wide(), None), targets.clone());
+        prop_assert_eq!(right.into_scalar::<i32>(), plain().1.into_scalar::<i32>());
+        same!(t, [x], found.clone(), plain().0);
     }
 
     #[test]
@@ -232,6 +274,41 @@ fn nothing_gives_nothing() {
         .dims(),
         [2, 0, 12]
     );
+}
+
+/// In half precision too, and norms of such parameters are those of the numbers that they stand for.
+#[test]
+fn half_of_nothing_and_of_norms() {
+    for dtype in [DType::BF16, DType::F16] {
+        let held = |shape, seed| random(shape, seed).inner().cast(dtype);
+        let (x, w) = (random([0, 5, 8], 1), held([8, 3], 2));
+        let y = kernels::linear(x.clone(), w.clone(), None);
+        assert_eq!((y.dims(), y.dtype()), ([0, 5, 3], DType::F32));
+        let gradients = y.sum().backward();
+        assert_eq!(x.grad(&gradients).map(|g| g.dims()), Some([0, 5, 8]));
+        let x = random([4, 5, 8], 1).inner();
+        let [gamma, beta] = [3, 4].map(|seed| held([1, 8], seed).reshape([8]));
+        let [wide, shift] = [&gamma, &beta].map(|half| half.clone().cast(DType::F32));
+        assert_eq!(
+            values(kernels::layer_norm(x.clone(), gamma.clone(), Some(beta), 1e-5)),
+            values(kernels::layer_norm(x.clone(), wide.clone(), Some(shift), 1e-5))
+        );
+        assert_eq!(
+            values(kernels::rms_norm(x.clone(), gamma, 1e-5)),
+            values(kernels::rms_norm(x, wide, 1e-5))
+        );
+    }
+}
+
+/// A weight in half precision that is tracked has the gradient of the composition.
+#[test]
+fn a_tracked_half_has_a_gradient() {
+    let (x, w) = (random([6, 8], 1).inner(), random([8, 3], 2));
+    let gradient = |y: Tensor<2>| values(w.grad(&y.sum().backward()).expect("is tracked"));
+    let half = || w.clone().cast(DType::BF16);
+    let found = gradient(kernels::linear(x.clone(), half(), None));
+    assert_eq!(found, gradient(composed::linear(x, half(), None)));
+    assert!(found.iter().any(|g| *g != 0.0));
 }
 
 /// Constants get no gradient, and plain tensors stay plain.

@@ -1,8 +1,9 @@
 //! Hugging Face folders, both directions: `config.json` with one safetensors file or several.
 
+use crate::Precision;
 use burn::module::{Module, ModuleDisplay, ModuleMapper, ModuleVisitor, Param};
 use burn::nn::{Embedding, EmbeddingConfig, Initializer, Linear, LinearConfig};
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{Error, TensorFile, hf_path, site_rng, tensor_bytes, write_together};
 use rand::RngExt;
 use rand_distr::StandardNormal;
@@ -34,16 +35,6 @@ pub(crate) fn config_of<M: Pretrained>(folder: &Path) -> Result<M::Config, Error
     let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
     serde_json::from_str(&text)
         .map_err(|e| Error::format(&path, format!("is not a {found} configuration: {e}")))
-}
-
-/// In which precision the weights are held.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Precision {
-    /// f32, whatever the file has.
-    #[default]
-    F32,
-    /// As in the file.
-    Keep,
 }
 
 /// A model that can be read from a Hugging Face folder.
@@ -88,12 +79,12 @@ pub trait Pretrained: Module + ModuleDisplay + Sync + 'static {
         Ok(())
     }
 
-    /// Loads the model from a folder to the plain `device`. `edit` changes the configuration
-    /// first, such as the number of classes. Fresh weights depend on `seed`.
+    /// Loads the model from a folder to the plain `device`, each tensor converted to `precision` as it is read.
+    /// `edit` changes the configuration first, such as the number of classes. Fresh weights depend on `seed`.
     ///
     /// # Errors
     /// Missing or broken files, a configuration of another architecture, and the first tensor that
-    /// is missing or does not fit, with both shapes.
+    /// is missing or does not fit, with both shapes; one that `precision` cannot hold.
     fn load(
         folder: &Path,
         precision: Precision,
@@ -109,6 +100,7 @@ pub trait Pretrained: Module + ModuleDisplay + Sync + 'static {
         let mut loader = Loader {
             file: TensorFile::open_shards(weight_files(folder)?)?,
             stack: Vec::new(),
+            matrices: Vec::new(),
             linears: linears.weights,
             prefix: Self::PREFIX,
             fresh_names: Self::MAY_BE_FRESH,
@@ -278,6 +270,8 @@ impl Beside<'_> {
 struct Loader {
     file: TensorFile,
     stack: Vec<String>,
+    /// Whether the modules on the way are linear layers or embeddings.
+    matrices: Vec<bool>,
     linears: BTreeSet<String>,
     prefix: &'static str,
     fresh_names: &'static [&'static str],
@@ -319,10 +313,9 @@ impl Loader {
             let found = format!("shape {found:?}");
             return Err(Error::tensor(stored, format!("shape {expected:?}"), found));
         }
-        let mut data = self.file.take_data(stored)?;
-        if self.precision == Precision::F32 && data.dtype() != DType::F32 {
-            data = data.convert::<f32>();
-        }
+        let matrix = D == 2 && self.matrices.last() == Some(&true);
+        let data = self.file.take_data(stored)?;
+        let data = self.precision.held(stored, data, matrix, &self.device)?;
         let dtype = data.dtype();
         let tensor = Tensor::<D>::from_data(data, (&self.device, dtype));
         Ok(if transposed { tensor.transpose() } else { tensor })
@@ -339,12 +332,14 @@ impl Loader {
 }
 
 impl ModuleMapper for Loader {
-    fn enter_module(&mut self, name: &str, _container_type: &str) {
+    fn enter_module(&mut self, name: &str, container_type: &str) {
         self.stack.push(name.to_owned());
+        self.matrices.push(matches!(container_type, "Struct:Linear" | "Struct:Embedding"));
     }
 
     fn exit_module(&mut self, _name: &str, _container_type: &str) {
         self.stack.pop();
+        self.matrices.pop();
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
@@ -406,8 +401,8 @@ const COMPANIONS: &[&str] = &[
     "chat_template.jinja",
 ];
 
-/// Writes a model as a Hugging Face folder: the weights of `model`, and configuration and
-/// tokenizer of the folder that it came from, with `fields` of `config.json` changed.
+/// Writes a model as a Hugging Face folder: the weights of `model`, each in the type in which it is held, and
+/// configuration and tokenizer of the folder that it came from, with `fields` of `config.json` changed.
 ///
 /// # Errors
 /// What the operating system says; a folder gets all files or none.

@@ -1,5 +1,6 @@
 //! Models against what `transformers` computes on the same folders (`interop/fixtures.py`).
 
+mod precision;
 mod seq2seq;
 
 use burn::module::Module;

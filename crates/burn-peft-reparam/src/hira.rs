@@ -8,7 +8,9 @@ use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Dropout, DropoutConfig, Embedding, Linear};
 use burn::tensor::module::embedding;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_peft_core::{Adapter, Error, Fold, Kind, Method, PlaceTensors, Site, Targets, composed};
+use burn_peft_core::{
+    Adapter, Error, Fold, Kind, Method, PlaceTensors, Site, Targets, composed, widened,
+};
 use burn_peft_kernels::linear;
 use indexmap::IndexMap;
 use rand::rngs::ChaCha8Rng;
@@ -81,7 +83,7 @@ impl HiraAdapter {
 
 impl Adapter for HiraAdapter {
     fn linear(&self, layer: &Linear, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
-        let delta = self.weight(&layer.weight.val().dequantize())?;
+        let delta = self.weight(&widened(layer.weight.val()))?;
         Some(linear(self.drop(x), delta, None).cast(y.dtype()))
     }
 

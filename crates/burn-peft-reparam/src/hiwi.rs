@@ -9,7 +9,9 @@ use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Embedding, Linear};
 use burn::tensor::activation::relu;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_peft_core::{Adapter, Error, Fold, Kind, Method, PlaceTensors, Site, Targets, as_matrix};
+use burn_peft_core::{
+    Adapter, Error, Fold, Kind, Method, PlaceTensors, Site, Targets, as_matrix, widened,
+};
 use burn_peft_kernels::linear;
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -116,7 +118,7 @@ impl HiWiAdapter {
 impl Adapter for HiWiAdapter {
     fn linear(&self, layer: &Linear, x: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
         match self.parameters {
-            Parameters::Weight => self.lora(layer.weight.val().dequantize()).linear(layer, x, y),
+            Parameters::Weight => self.lora(widened(layer.weight.val())).linear(layer, x, y),
             Parameters::Bias => Some(self.shift(layer.bias.as_ref()?.val(), y, 2)),
         }
     }

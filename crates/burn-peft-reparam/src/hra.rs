@@ -9,7 +9,8 @@ use burn::tensor::module::conv2d;
 use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft_core::{
-    Adapter, Biases, Error, Fold, Kind, Method, PlaceTensors, Site, Targets, as_matrix, composed,
+    Adapter, Biases, Error, Fold, Kind, Method, PlaceTensors, Scope, Site, Targets, as_matrix,
+    composed,
 };
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -127,7 +128,7 @@ impl Adapter for HraAdapter {
         let seen = input.clone().matmul(u.clone().unsqueeze()); // [batch, seq, r]
         let back = t.transpose().matmul(u.transpose()); // Tᵀ·Uᵀ
         let reflected = input - seen.matmul(back.unsqueeze());
-        Some(layer.forward(reflected.cast(x.dtype())))
+        Some(Scope::plain().linear(layer, reflected.cast(x.dtype())))
     }
 
     /// `Δ(W) = -U·(Tᵀ·Uᵀ·W)` has rank `r`: a convolution into `r` channels, then one of 1x1.

@@ -7,7 +7,9 @@ use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_peft_core::{Adapter, Error, Fold, Kind, Method, PlaceTensors, Site, Targets, composed};
+use burn_peft_core::{
+    Adapter, Error, Fold, Kind, Method, PlaceTensors, Site, Targets, composed, widened,
+};
 use burn_peft_kernels::linear;
 use indexmap::IndexMap;
 use rand::rngs::ChaCha8Rng;
@@ -116,7 +118,7 @@ impl Adapter for LohaAdapter {
             let a = khatri_rao(one.a.val(), two.a.val()); // [r², fan_out]
             linear(linear(x, b, None) * self.scaling, a, None)
         } else {
-            linear(x, self.weight(&layer.weight.val().dequantize())?, None)
+            linear(x, self.weight(&widened(layer.weight.val()))?, None)
         };
         Some(self.drops.apply(delta, 2).cast(y.dtype()))
     }

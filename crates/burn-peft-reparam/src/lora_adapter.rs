@@ -11,7 +11,7 @@ use burn::nn::{Dropout, DropoutConfig, Embedding, Linear};
 use burn::tensor::module::{conv1d, conv2d, embedding};
 use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Int, Tensor};
-use burn_peft_core::{Adapter, Fold, SeenTokens, as_matrix};
+use burn_peft_core::{Adapter, Fold, SeenTokens, as_matrix, widened};
 use burn_peft_kernels::{linear, low_rank};
 
 /// What LoRA trains at one place.
@@ -99,13 +99,8 @@ impl LoraAdapter {
             return Some(delta.cast(y.dtype()));
         };
         let own = own(drops(&self.dropout, &a).then_some(x));
-        let whole = dora.turn(
-            &as_matrix(weight.val().dequantize()),
-            &(a, b),
-            self.scaling,
-            (own, delta),
-            axis,
-        );
+        let whole =
+            dora.turn(&as_matrix(widened(weight.val())), &(a, b), self.scaling, (own, delta), axis);
         Some(whole.cast(y.dtype()))
     }
 }
@@ -180,7 +175,7 @@ impl Adapter for LoraAdapter {
         let delta = linear(h, b.clone(), None);
         let delta = match &self.variant {
             Some(LoraVariant::Dora(dora)) => {
-                let w = layer.weight.val();
+                let w = widened(layer.weight.val());
                 dora.turn(&w, &(a, b), self.scaling, (y.clone(), delta), 2)
             }
             _ => delta,

@@ -8,7 +8,7 @@ use burn::nn::conv::Conv2d;
 use burn::nn::{Dropout, DropoutConfig, Embedding, Linear};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft_core::{
-    Adapter, Biases, Error, Fold, Kind, Method, PlaceTensors, Site, Targets, composed,
+    Adapter, Biases, Error, Fold, Kind, Method, PlaceTensors, Scope, Site, Targets, composed,
 };
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -122,7 +122,7 @@ fn within(numbers: Tensor<2>, eps: f64) -> Tensor<2> {
 impl Adapter for OftAdapter {
     fn linear_whole(&self, layer: &Linear, x: &Tensor<3>) -> Option<Tensor<3>> {
         let r = self.rotation();
-        Some(layer.forward(turn(x.clone().cast(r.dtype()), &r).cast(x.dtype())))
+        Some(Scope::plain().linear(layer, turn(x.clone().cast(r.dtype()), &r).cast(x.dtype())))
     }
 
     fn embedding(

@@ -7,7 +7,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use burn_peft_core::{
     Adapters, Error, Overlay, Passes, Policy, Site, Value, from_matrix, hardest, held_together,
-    slopes_at,
+    slopes_at, widened,
 };
 use serde_json::Value as Json;
 
@@ -32,7 +32,7 @@ fn moved(site: &Site, adapter: &FishDipAdapter) -> Site {
         let matrix = || by.clone().reshape([site.fan_in(), site.fan_out()]);
         now.weight = match &site.weight {
             Value::D1(w) => Value::D1(w.clone().cast(by.dtype()) + by),
-            Value::D2(w) => Value::D2(w.clone().dequantize().cast(by.dtype()) + matrix()),
+            Value::D2(w) => Value::D2(widened(w.clone()).cast(by.dtype()) + matrix()),
             Value::D3(w) => Value::D3(w.clone().cast(by.dtype()) + from_matrix(matrix(), w.dims())),
             Value::D4(w) => Value::D4(w.clone().cast(by.dtype()) + from_matrix(matrix(), w.dims())),
         };

@@ -120,7 +120,9 @@ impl Shape {
         let laid = forward + self.layers as f64 * adapted + pooled;
         match measure {
             Measure::Full => 3.0 * forward,
-            Measure::Lora => laid + self.backward(&work, lora, r) + 2.0 * pooled,
+            Measure::Lora | Measure::LoraBf16 => {
+                laid + self.backward(&work, lora, r) + 2.0 * pooled
+            }
             _ => laid,
         }
     }

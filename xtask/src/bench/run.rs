@@ -19,6 +19,8 @@ pub(super) enum Measure {
     Forward,
     /// A training step of LoRA's factors
     Lora,
+    /// The same over a base whose matrices are held in bf16: ours alone, since HF PEFT computes in bf16 then
+    LoraBf16,
     /// A training step of all parameters
     Full,
     /// A text continued with a cache of keys and values
@@ -33,6 +35,7 @@ impl Measure {
         match self {
             Self::Forward => "forward",
             Self::Lora => "LoRA step",
+            Self::LoraBf16 => "LoRA step, bf16",
             Self::Full => "full step",
             Self::Generate => "generation",
             Self::Mixed => "adapters by row",
@@ -43,6 +46,7 @@ impl Measure {
     pub(super) fn sides(self) -> &'static [Side] {
         match self {
             Self::Lora => &[Side::Ours, Side::Peft, Side::ApplyLora],
+            Self::LoraBf16 => &[Side::Ours],
             _ => &[Side::Ours, Side::Peft],
         }
     }
@@ -51,6 +55,7 @@ impl Measure {
         match self {
             Self::Forward => "forward",
             Self::Lora => "lora",
+            Self::LoraBf16 => "lora_bf16",
             Self::Full => "full",
             Self::Generate => "generate",
             Self::Mixed => "mixed",

@@ -206,7 +206,7 @@ fn introduction(head: &Head) -> String {
         format!(" Largest rate of matrix products, of all sides: {:.1} GFLOP/s.", rate / 1e9)
     });
     format!(
-        "# Ours and `peft`, side by side\n\nThe same weights, batches and threads, f32; turn by turn in one run, a \
+        "# Ours and `peft`, side by side\n\nThe same weights, batches and threads, f32 (bf16: our matrices held in it, arithmetic in f32); turn by turn in one run, a \
          process a round and side. Rounds: {}; steps of a process before those that count: {}; threads: {}{}.{}{}\n\n\
          Numbers are medians over steps and rounds, ± half of what lies between the rounds' medians; a ratio below \
          1 means that ours takes less (of tokens a second: that it makes fewer). A side's losses and gradients are compared with ours before its numbers \

@@ -1,6 +1,7 @@
 //! The program as a user runs it, on small models with random weights (`interop/fixtures.py`).
 
 mod conversions;
+mod dtype;
 mod inits;
 mod laplace;
 mod methods;

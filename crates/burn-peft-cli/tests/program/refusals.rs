@@ -51,6 +51,7 @@ fn options_that_cannot_work() {
         ("--validation-split 1.5", "--validation-split"),
         ("--device nonsense", "nonsense"),
         ("--device cuda", "--features cuda"),
+        ("--dtype int8", "--dtype: expected float32, bfloat16 or float16, found int8"),
         ("--task nonsense", "--task"),
         ("--task causal-lm", "holds a bert model"),
         ("--text-column nonsense", "nonsense"),

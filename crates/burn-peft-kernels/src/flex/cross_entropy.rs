@@ -7,7 +7,7 @@
 use super::linear::Matrix;
 use super::math::{exp, largest, map, sum, vectorized};
 use super::matrix::{Shape, View};
-use super::product::{Start, Term, sum as products};
+use super::product::{Factor, Start, Term, sum as products};
 use super::tensors::{dims, flat, in_order, make};
 use super::{Dense, Tracked};
 use burn::backend::Flex;
@@ -46,7 +46,7 @@ fn taken(
     let most = (logits / classes.max(1)).clamp(1, n.max(1));
     let mut held = vec![0.0_f32; most * classes];
     let (mut loss, mut correct) = (0.0_f64, 0_usize);
-    let w = weight.view();
+    let w = weight.factor();
     for (part, targets) in targets.chunks(most).enumerate() {
         let (first, rows) = (part * most, targets.len());
         let held = &mut held[..rows * classes];
@@ -68,7 +68,12 @@ fn taken(
         }
         if let Some(dw) = &mut slopes[1] {
             let dw = dw.storage_mut::<f32>();
-            products(dw, [width, classes], Start::Kept, &[Term::product(x.transposed(), errors)]);
+            products(
+                dw,
+                [width, classes],
+                Start::Kept,
+                &[Term::product(x.transposed(), Factor::F32(errors))],
+            );
         }
     }
     (make([2], |out| out.copy_from_slice(&[loss as f32, correct as f32])), slopes)

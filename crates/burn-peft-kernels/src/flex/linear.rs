@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::matrix::{Shape, View};
-use super::product::{Start, Term, sum};
+use super::product::{Factor, Start, Term, sum};
 use super::tensors::{dims, flat, in_order, make, written};
 use super::{Dense, Tracked};
 use burn::backend::Flex;
@@ -11,6 +11,7 @@ use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::tensor::DType;
 
 /// A tensor as a matrix.
 pub(super) struct Matrix {
@@ -43,6 +44,16 @@ impl Matrix {
 
     pub(super) fn view(&self) -> View<'_> {
         View::new(self.tensor.storage::<f32>(), self.start, self.shape)
+    }
+
+    /// In the precision in which it is held.
+    pub(super) fn factor(&self) -> Factor<'_> {
+        let (tensor, start, shape) = (&self.tensor, self.start, self.shape);
+        match tensor.dtype() {
+            DType::BF16 => Factor::Bf16(View::new(tensor.storage(), start, shape)),
+            DType::F16 => Factor::F16(View::new(tensor.storage(), start, shape)),
+            _ => Factor::F32(self.view()),
+        }
     }
 
     pub(super) fn dims(&self) -> [usize; 2] {
@@ -80,7 +91,7 @@ pub(super) fn combined(
 /// The output; `more` is added to it.
 pub(super) fn forward(x: &Dense, w: &Dense, b: Option<&Dense>, more: Option<Term<'_>>) -> Dense {
     let (rows, weight) = (Matrix::rows(x), Matrix::weight(w));
-    let first = Term::product(rows.view(), weight.view());
+    let first = Term::product(rows.view(), weight.factor());
     let [_, cols] = weight.dims();
     combined(widened(x, cols), b, &[Some(first), more].into_iter().flatten().collect::<Vec<_>>())
 }
@@ -93,7 +104,7 @@ pub(super) fn input_gradient(g: &Dense, w: &Dense, more: Option<Term<'_>>) -> De
 /// `xᵀ·g`
 pub(super) fn weight_gradient(x: &Dense, g: &Dense) -> Dense {
     let (x, g) = (Matrix::rows(x), Matrix::rows(g));
-    let term = Term::product(x.view().transposed(), g.view());
+    let term = Term::product(x.view().transposed(), g.factor());
     combined([x.dims()[1], g.dims()[1]], None, &[term])
 }
 

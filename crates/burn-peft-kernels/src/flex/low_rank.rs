@@ -24,8 +24,8 @@ pub(super) fn forward(
     (a, b, scale): Factors<'_>,
 ) -> (Dense, Dense) {
     let h = scaled(scale, x, a);
-    let (rows, factor) = (Matrix::rows(&h), Matrix::weight(b));
-    let more = Term::product(rows.view(), factor.view());
+    let (rows, matrix) = (Matrix::rows(&h), Matrix::weight(b));
+    let more = Term::product(rows.view(), matrix.factor());
     let y = linear::forward(x, w, bias, Some(more));
     (y, h)
 }
@@ -33,7 +33,7 @@ pub(super) fn forward(
 /// `s·x·A`
 fn scaled(scale: f64, x: &Dense, a: &Dense) -> Dense {
     let (x, a) = (Matrix::rows(x), Matrix::weight(a));
-    let term = Term { scale: scale as f32, a: x.view(), b: a.view() };
+    let term = Term { scale: scale as f32, a: x.view(), b: a.factor() };
     combined([x.dims()[0], a.dims()[1]], None, &[term])
 }
 
@@ -64,8 +64,8 @@ fn backward<const N: usize>(ops: Ops<State, N>, grads: &mut Gradients) {
         }
     };
     give(0, &|| {
-        let (rows, factor) = (Matrix::rows(&u), Matrix::weight(&a));
-        let more = Term::product(rows.view(), factor.view().transposed());
+        let (rows, matrix) = (Matrix::rows(&u), Matrix::weight(&a));
+        let more = Term::product(rows.view(), matrix.factor().transposed());
         Some(input_gradient(&g, &w, Some(more)))
     });
     give(1, &|| x.as_ref().map(|x| weight_gradient(x, &g)));

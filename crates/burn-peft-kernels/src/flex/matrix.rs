@@ -26,7 +26,7 @@ impl Shape {
         Self { rows, cols, row_stride: stride, col_stride: 1 }
     }
 
-    fn swapped(self) -> Self {
+    pub(super) fn swapped(self) -> Self {
         let Self { rows, cols, row_stride, col_stride } = self;
         Self { rows: cols, cols: rows, row_stride: col_stride, col_stride: row_stride }
     }
@@ -42,14 +42,14 @@ impl Shape {
 
 /// A matrix to read.
 #[derive(Clone, Copy)]
-pub(super) struct View<'a> {
-    start: *const f32,
-    shape: Shape,
-    memory: PhantomData<&'a [f32]>,
+pub(super) struct View<'a, T = f32> {
+    start: *const T,
+    pub(super) shape: Shape,
+    memory: PhantomData<&'a [T]>,
 }
 
-impl<'a> View<'a> {
-    pub(super) fn new(memory: &'a [f32], offset: usize, shape: Shape) -> Self {
+impl<'a, T> View<'a, T> {
+    pub(super) fn new(memory: &'a [T], offset: usize, shape: Shape) -> Self {
         shape.check(offset, memory.len());
         Self { start: memory.as_ptr().wrapping_add(offset), shape, memory: PhantomData }
     }
@@ -70,6 +70,16 @@ impl<'a> View<'a> {
 
     pub(super) fn cols(self, cols: &Range<usize>) -> Self {
         self.transposed().rows(cols).transposed()
+    }
+
+    /// A row whose elements are neighbours.
+    pub(super) fn row(&self, row: usize) -> &'a [T] {
+        assert!(row < self.shape.rows && self.shape.col_stride == 1, "no such row");
+        // SAFETY: the row lies in memory that was checked when the matrix was made.
+        unsafe {
+            let start = self.start.add(row * self.shape.row_stride);
+            std::slice::from_raw_parts(start, self.shape.cols)
+        }
     }
 }
 
@@ -96,10 +106,16 @@ impl<'a> ViewMut<'a> {
             std::slice::from_raw_parts_mut(start, self.shape.cols)
         }
     }
+
+    pub(super) fn cols(&mut self, cols: &Range<usize>) -> ViewMut<'_> {
+        assert!(cols.start <= cols.end && cols.end <= self.shape.cols, "no such columns");
+        let start = self.start.wrapping_add(cols.start * self.shape.col_stride);
+        ViewMut { start, shape: Shape { cols: cols.len(), ..self.shape }, memory: PhantomData }
+    }
 }
 
 // SAFETY: a matrix to read is a borrow of numbers.
-unsafe impl Sync for View<'_> {}
+unsafe impl<T: Sync> Sync for View<'_, T> {}
 
 /// Output that tasks write side by side, each at elements of its own.
 pub(super) struct Parts<'a> {

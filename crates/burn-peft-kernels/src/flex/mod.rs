@@ -3,6 +3,7 @@
 
 mod attention;
 mod cross_entropy;
+mod half;
 mod linear;
 mod low_rank;
 mod math;

@@ -5,20 +5,56 @@
 // Parts write their own blocks of one output; see `Parts`.
 #![allow(unsafe_code)]
 
-use super::matrix::{Parts, Shape, View, matmul};
+use super::half;
+use super::matrix::{Parts, Shape, View, ViewMut, matmul};
+use ::half::{bf16, f16};
 use rayon::prelude::*;
 use std::ops::Range;
+
+/// The right side of a product, in the precision in which it is held.
+#[derive(Clone, Copy)]
+pub(super) enum Factor<'a> {
+    F32(View<'a>),
+    Bf16(View<'a, bf16>),
+    F16(View<'a, f16>),
+}
+
+impl Factor<'_> {
+    pub(super) fn transposed(self) -> Self {
+        match self {
+            Self::F32(w) => Self::F32(w.transposed()),
+            Self::Bf16(w) => Self::Bf16(w.transposed()),
+            Self::F16(w) => Self::F16(w.transposed()),
+        }
+    }
+
+    /// `out = scale·a·b`, or `out += scale·a·b`, with some columns of it, on one core.
+    fn multiply(
+        self,
+        out: &mut ViewMut<'_>,
+        add: bool,
+        scale: f32,
+        a: View<'_>,
+        cols: &Range<usize>,
+    ) {
+        match self {
+            Self::F32(w) => matmul(out, add, scale, a, w.cols(cols)),
+            Self::Bf16(w) => half::multiply(out, add, scale, a, w.cols(cols)),
+            Self::F16(w) => half::multiply(out, add, scale, a, w.cols(cols)),
+        }
+    }
+}
 
 /// `scale·a·b`
 pub(super) struct Term<'a> {
     pub(super) scale: f32,
     pub(super) a: View<'a>,
-    pub(super) b: View<'a>,
+    pub(super) b: Factor<'a>,
 }
 
 impl<'a> Term<'a> {
     /// `a·b`
-    pub(super) fn product(a: View<'a>, b: View<'a>) -> Self {
+    pub(super) fn product(a: View<'a>, b: Factor<'a>) -> Self {
         Self { scale: 1.0, a, b }
     }
 }
@@ -90,7 +126,7 @@ pub(super) fn sum(out: &mut [f32], [rows, cols]: [usize; 2], start: Start<'_>, t
         }
         let mut add = !matches!(start, Start::Nothing);
         for Term { scale, a, b } in terms {
-            matmul(&mut out, add, *scale, a.rows(&rows), b.cols(&part_cols));
+            b.multiply(&mut out, add, *scale, a.rows(&rows), &part_cols);
             add = true;
         }
     };

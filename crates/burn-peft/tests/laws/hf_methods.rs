@@ -22,7 +22,7 @@ impl Job for SameFile<'_> {
     }
 }
 
-fn folders(kind: &str, model: &str) -> Vec<PathBuf> {
+pub(crate) fn folders(kind: &str, model: &str) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(fixtures().join(kind)).expect("is committed");
     let mut folders: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
     folders.retain(|path| path.to_string_lossy().ends_with(&format!("-{model}")));

@@ -429,5 +429,6 @@ law!(
 mod convert;
 mod data_inits;
 mod gradients;
+mod half;
 mod quantized;
 mod selective;
