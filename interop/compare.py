@@ -34,6 +34,26 @@ def rows(path):
     return [dict(zip(names, line.split("\t"))) for line in lines if line]
 
 
+def classifier(folder):
+    """The model, which drops nothing in training."""
+    return AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=2, dtype=torch.float32, attn_implementation="sdpa",
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def reader(folder, max_length, names):
+    """What makes token ids of the texts of rows, and numbers of their labels."""
+    tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length)
+
+    def read(data):
+        texts = [encoding.ids for encoding in tokenizer.encode_batch([one["text"] for one in data])]
+        return texts, [names.index(one["label"]) if "label" in one else None for one in data]
+
+    return read
+
+
 def pad(rows):
     longest = max(len(row) for row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -129,6 +149,14 @@ def with_reference(model, row, start, data):
     return masks
 
 
+def groups(trained, decay):
+    """Of named parameters, those whose weights decay and those whose do not: biases and norms."""
+    return [
+        {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": decay},
+        {"params": [p for p in trained.values() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+
+
 def main(job):
     training, row, seed = job["training"], job["row"], job["seed"]
     known = {"max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "max_length", "weight_decay",
@@ -137,18 +165,9 @@ def main(job):
         raise SystemExit(f"options that this script does not have: {', '.join(unknown)}")
     torch.set_num_threads(job["threads"])
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        job["model"], num_labels=2, dtype=torch.float32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    tokenizer = Tokenizer.from_file(str(Path(job["model"]) / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(training["max_length"])
+    model = classifier(job["model"])
     data = rows(job["train_file"])
-    names = sorted({one["label"] for one in data})
-
-    def read(data):
-        texts = [encoding.ids for encoding in tokenizer.encode_batch([one["text"] for one in data])]
-        return texts, [names.index(one["label"]) if "label" in one else None for one in data]
-
+    read = reader(job["model"], training["max_length"], sorted({one["label"] for one in data}))
     texts, labels = read(data)
     neutral, _ = read(rows(job["neutral_file"]))
     before = embeddings(model.eval(), neutral)
@@ -173,10 +192,7 @@ def main(job):
         optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=rate, loraplus_weight_decay=decay,
                                               loraplus_lr_ratio=training["loraplus_lr_ratio"])
     else:
-        optimizer = torch.optim.AdamW([
-            {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": decay},
-            {"params": [p for p in trained.values() if p.ndim == 1], "weight_decay": 0.0},
-        ], lr=rate)
+        optimizer = torch.optim.AdamW(groups(trained, decay), lr=rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(training))
 
     model.train()

@@ -6,6 +6,8 @@
 //! `burn::nn`'s encoder, which there is of BERT's shape, is what one has without this library. Time is criterion's median; memory is the peak of a process of its
 //! own that makes three steps, weights counted in, so that both ratios are of one run.
 
+mod common;
+
 use burn::module::{Lora as BuiltIn, Module, ParamGroup};
 use burn::nn::transformer::{TransformerEncoderConfig, TransformerEncoderInput};
 use burn::optim::GradientsParams;
@@ -15,7 +17,6 @@ use burn_peft_models::{BertForSequenceClassification, LlamaForCausalLM, Pretrain
 use burn_peft_reparam::{Lora, LoraAdapter};
 use criterion::{Criterion, SamplingMode};
 use serde_json::{Value, json};
-use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -175,14 +176,6 @@ fn memory(name: &str) -> Option<f64> {
     peaks.get(1).copied()
 }
 
-/// Criterion's median of a step, in seconds.
-fn time(folder: &Path, name: &str) -> Option<f64> {
-    let path = folder.join(name).join("new/estimates.json");
-    let text = std::fs::read_to_string(path).ok()?;
-    let estimates: Value = serde_json::from_str(&text).ok()?;
-    Some(estimates["median"]["point_estimate"].as_f64()? / 1e9)
-}
-
 fn main() {
     burn_peft_kernels::keep_freed_memory();
     if let Ok(name) = std::env::var(STEP) {
@@ -217,7 +210,7 @@ fn main() {
     for blocks in BLOCKS {
         let measured = |way: &&str| {
             let name = format!("{blocks}/{way}");
-            (time(folder.path(), &name), memory(&name).filter(|bytes| *bytes > 0.0))
+            (common::seconds(folder.path(), &name), memory(&name).filter(|bytes| *bytes > 0.0))
         };
         let found: Vec<_> = ways(blocks).iter().map(measured).collect();
         let (own_time, own_memory) = found.last().copied().unwrap_or_default();

@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: the factored step and Burn's own, and with `--against peft` real models beside HF PEFT.
 
 mod case;
+mod epoch;
 mod flops;
 mod growth;
 mod picture;
@@ -27,13 +28,17 @@ enum Against {
     after_help = "Without --against: two blocks, a LoRA step through the scope and through Burn's apply_lora.
 With it: the cases of xtask/bench/cases.json on both sides, in one run; bench.md, bench.json and bench.svg in the
 output folder. With --growth: ours alone, by tokens, rank and loaded adapters; growth.md, growth.json and growth.svg.
+With --epoch: MiniLM is fine-tuned on real reviews, by burn-peft and by a loop over HF PEFT; epoch.md and epoch.json.
+With --kernels: each fused operation and its plain composition.
 Models are made, or downloaded, once and kept in the cache.
 
 Examples:
   cargo xtask bench
   cargo xtask bench --against peft
   cargo xtask bench --against peft --cases minilm,bert-base --measures lora,full --rounds 5
-  cargo xtask bench --growth"
+  cargo xtask bench --growth
+  cargo xtask bench --epoch
+  cargo xtask bench --kernels -- attention"
 )]
 pub(crate) struct BenchArgs {
     /// Measure with this library too, turn by turn
@@ -42,6 +47,15 @@ pub(crate) struct BenchArgs {
     /// Follow our cost as tokens, rank and the number of loaded adapters grow
     #[arg(long, conflicts_with_all = ["against", "cases", "measures"])]
     growth: bool,
+    /// Train an epoch of real data, with HF PEFT beside it, turn by turn
+    #[arg(long, conflicts_with_all = ["against", "cases", "measures", "growth", "steps"])]
+    epoch: bool,
+    /// An epoch of the first N rows of the data alone [default: all of them]
+    #[arg(long, value_name = "N", requires = "epoch", value_parser = clap::value_parser!(u32).range(1..))]
+    rows: Option<u32>,
+    /// Measure each fused operation against its plain composition
+    #[arg(long, conflicts_with_all = ["against", "cases", "measures", "growth", "epoch"])]
+    kernels: bool,
     /// What is measured [default: all of xtask/bench/cases.json]
     #[arg(long, value_delimiter = ',', value_name = "NAME,...", requires = "against")]
     cases: Vec<String>,
@@ -60,10 +74,10 @@ pub(crate) struct BenchArgs {
     /// Where table, picture and logs go [default: bench-output in the repository]
     #[arg(long, value_name = "DIR")]
     output_dir: Option<PathBuf>,
-    /// The example `measure` of benches/, in place of building it
+    /// The example `measure` of benches/, or for --epoch the program burn-peft, in place of building it
     #[arg(long, value_name = "FILE")]
     program: Option<PathBuf>,
-    /// Passed on to the benchmarks, without --against
+    /// Passed on to the benchmarks, alone or with --kernels
     #[arg(last = true)]
     rest: Vec<OsString>,
 }
@@ -77,8 +91,12 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
         let cases = Cases::read()?;
         return growth::run(&prepare(args, &cases)?, &cases, usize::from(args.rounds));
     }
+    if args.epoch {
+        return epoch::run(args);
+    }
+    let name = if args.kernels { "kernels" } else { "factored" };
     // The profile that the tests use, so that Burn is not compiled once more.
-    let bench = ["bench", "--workspace", "--profile", "dev", "--bench", "factored", "--"];
+    let bench = ["bench", "--workspace", "--profile", "dev", "--bench", name, "--"];
     exec::run(exec::cargo(bench).args(&args.rest))
 }
 
@@ -253,6 +271,10 @@ mod tests {
         let error = parse("bench --against peft --measures lora,tea").expect_err("is no measure");
         assert!(error.to_string().contains("tea"), "{error}");
         assert!(parse("bench --cases minilm").is_err());
+        assert_eq!(parse("bench --epoch --rows 64").expect("is well formed").args.rows, Some(64));
+        for line in ["--rows 64", "--epoch --rows 0", "--epoch --steps 3", "--epoch --kernels"] {
+            assert!(parse(&format!("bench {line}")).is_err(), "{line}");
+        }
         assert!(parse("bench --against peft --rounds 0").is_err());
         assert_eq!(parse("bench -- --noplot").expect("is passed on").args.rest, ["--noplot"]);
     }

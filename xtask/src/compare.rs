@@ -1,9 +1,9 @@
 //! `cargo xtask compare`: every method on one task with one budget, and a reference in Python beside it.
 
 mod picture;
-mod recipe;
+pub(crate) mod recipe;
 mod record;
-mod run;
+pub(crate) mod run;
 mod table;
 mod times;
 
@@ -26,7 +26,7 @@ const REMEDY: &str = "point at folders: cargo xtask compare --model DIR --data F
 const NEUTRAL: &str = "xtask/compare/neutral.tsv";
 
 /// The split of the data; what is drawn in a run depends on `--seeds`.
-const SPLIT: u64 = 42;
+pub(crate) const SPLIT: u64 = 42;
 
 /// Pictures of Fashion-MNIST to train on and to ask about, and the side to which they are enlarged.
 const PICTURES: [usize; 2] = [2000, 1000];
@@ -357,7 +357,7 @@ fn prepare(args: &CompareArgs) -> Result<(Desk, usize), Failure> {
 }
 
 /// `validation.tsv` and `test.tsv` in one file, and the number of their rows.
-fn together(folder: &Path, file: &Path) -> Result<(PathBuf, usize), Failure> {
+pub(crate) fn together(folder: &Path, file: &Path) -> Result<(PathBuf, usize), Failure> {
     let read = |part: &str| {
         let path = folder.join(part);
         std::fs::read_to_string(&path).map_err(|e| Failure::at(&path, e))

@@ -54,9 +54,21 @@ pub(crate) fn logged(command: &mut Command, log: &Path) -> Result<Vec<u8>, Failu
     Err(Failure::new(format!("{}: {last}", name(command))))
 }
 
+/// So many threads, whatever a program makes them with.
+pub(crate) fn threads(command: &mut Command, count: usize) -> &mut Command {
+    let variables = ["RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"];
+    command.envs(variables.map(|variable| (variable, count.to_string())))
+}
+
 /// Builds the program `burn-peft` and says where it lies.
 pub(crate) fn build_program(features: &[&str]) -> Result<PathBuf, Failure> {
     build("burn-peft", "bin", features)
+}
+
+/// Builds the program as its users have it, optimised throughout.
+pub(crate) fn build_release() -> Result<PathBuf, Failure> {
+    let build = ["build", "--release", "--quiet", "--package", "burn-peft-cli", MESSAGES];
+    built(&mut cargo(build), "burn-peft", "bin")
 }
 
 /// Builds the example `measure` of the benchmarks and says where it lies.
@@ -64,15 +76,22 @@ pub(crate) fn build_measure() -> Result<PathBuf, Failure> {
     build("measure", "example", &[])
 }
 
+/// Has cargo say where what it built lies.
+const MESSAGES: &str = "--message-format=json-render-diagnostics";
+
 fn build(name: &str, kind: &str, features: &[&str]) -> Result<PathBuf, Failure> {
-    let format = "--message-format=json-render-diagnostics";
     // With the tests, whose dependencies ask for other features of Burn's: it is compiled once.
-    let mut command = cargo(["test", "--no-run", "--quiet", "--workspace", format]);
+    let mut command = cargo(["test", "--no-run", "--quiet", "--workspace", MESSAGES]);
     if !features.is_empty() {
         let features: Vec<_> = features.iter().map(|f| format!("burn-peft-cli/{f}")).collect();
         command.arg("--features").arg(features.join(","));
     }
-    let messages = output(&mut command)?;
+    built(&mut command, name, kind)
+}
+
+/// Runs a build and finds the program among cargo's messages.
+fn built(command: &mut Command, name: &str, kind: &str) -> Result<PathBuf, Failure> {
+    let messages = output(command)?;
     let messages = String::from_utf8_lossy(&messages);
     let built = messages.lines().rev().find_map(|line| executable(line, name, kind));
     built.ok_or_else(|| Failure::new(format!("cargo built {name} but did not say where it lies")))

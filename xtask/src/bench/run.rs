@@ -275,10 +275,7 @@ impl Desk {
             _ => Command::new(&self.program),
         };
         command.arg("--job").arg(&job).arg("--output").arg(&told);
-        for variable in ["RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"] {
-            command.env(variable, self.threads.to_string());
-        }
-        command.env("HF_HUB_OFFLINE", "1");
+        exec::threads(&mut command, self.threads).env("HF_HUB_OFFLINE", "1");
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let began = now.map_err(|e| Failure::new(format!("the clock is wrong: {e}")))?;
         let asked = json!({

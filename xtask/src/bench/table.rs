@@ -125,30 +125,36 @@ pub(super) fn bytes(b: f64) -> String {
     }
 }
 
-/// A side's numbers: the median over all steps of all rounds, and that of each round.
-struct Middle {
-    all: f64,
-    rounds: Vec<f64>,
+/// A side's numbers: the median over all of all rounds, and that of each round.
+pub(super) struct Middle {
+    pub(super) all: f64,
+    pub(super) rounds: Vec<f64>,
+}
+
+impl Middle {
+    /// Of the numbers of each round; none where there are none.
+    pub(super) fn of(rounds: Vec<Vec<f64>>) -> Option<Self> {
+        let all = median(rounds.concat())?;
+        Some(Self { all, rounds: rounds.into_iter().filter_map(median).collect() })
+    }
+
+    /// The median, and half of what lies between the rounds' as a share of it.
+    pub(super) fn told(&self, shown: fn(f64) -> String) -> String {
+        let ends = |pick: fn(f64, f64) -> f64| self.rounds.iter().copied().reduce(pick);
+        let middle = shown(self.all);
+        match (ends(f64::min), ends(f64::max)) {
+            (Some(low), Some(high)) if self.rounds.len() > 1 => {
+                format!("{middle} ± {:.0} %", 50.0 * (high - low) / self.all)
+            }
+            _ => middle,
+        }
+    }
 }
 
 impl Metric {
     fn middle(&self, row: &Row<'_>, side: Side) -> Option<Middle> {
         let own = row.runs.iter().filter(|(of, _)| *of == side);
-        let rounds: Vec<Vec<f64>> = own.map(|(_, run)| (self.of)(row, run)).collect();
-        let all = median(rounds.concat())?;
-        Some(Middle { all, rounds: rounds.into_iter().filter_map(median).collect() })
-    }
-
-    /// The median, and half of what lies between the rounds' as a share of it.
-    fn cell(&self, middle: &Middle) -> String {
-        let ends = |pick: fn(f64, f64) -> f64| middle.rounds.iter().copied().reduce(pick);
-        let shown = (self.shown)(middle.all);
-        match (ends(f64::min), ends(f64::max)) {
-            (Some(low), Some(high)) if middle.rounds.len() > 1 => {
-                format!("{shown} ± {:.0} %", 50.0 * (high - low) / middle.all)
-            }
-            _ => shown,
-        }
+        Middle::of(own.map(|(_, run)| (self.of)(row, run)).collect())
     }
 }
 
@@ -164,7 +170,7 @@ impl Row<'_> {
     }
 }
 
-fn ratio(one: Option<f64>, other: Option<f64>) -> String {
+pub(super) fn ratio(one: Option<f64>, other: Option<f64>) -> String {
     one.zip(other).map_or_else(String::new, |(one, other)| format!("{:.2}", one / other))
 }
 
@@ -236,8 +242,9 @@ fn lines(head: &Head, row: &Row<'_>) -> String {
         }
         let [a, b, c] = [&ours, &peft, &burn].map(|middle| middle.as_ref().map(|m| m.all));
         let floor = row.floor(head.rate).filter(|_| metric.key == "step_seconds");
-        let cell =
-            |middle: &Option<Middle>| middle.as_ref().map_or_else(String::new, |m| metric.cell(m));
+        let cell = |middle: &Option<Middle>| {
+            middle.as_ref().map_or_else(String::new, |m| m.told(metric.shown))
+        };
         let _ = writeln!(
             text,
             "| {title} | {} | {} | {} | {} | {} | {} | {} | {} |",

@@ -11,45 +11,45 @@ const IMAGES: &str = include_str!("../../compare/images.json");
 /// All rows of a task's table.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Recipe {
+pub(crate) struct Recipe {
     /// Options of `burn-peft train` that hold for all rows, by name.
-    pub(super) training: Map<String, Value>,
-    pub(super) rows: Vec<Row>,
+    pub(crate) training: Map<String, Value>,
+    pub(crate) rows: Vec<Row>,
 }
 
 /// One row of the table: a method with its options.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Row {
+pub(crate) struct Row {
     /// What the table and `--methods` call it.
-    pub(super) name: String,
+    pub(crate) name: String,
     /// What it stands beside.
-    pub(super) family: String,
+    pub(crate) family: String,
     /// The method's name in the registry.
-    pub(super) method: String,
+    pub(crate) method: String,
     /// Who trains the same in Python: HF PEFT's configuration class, or a function of interop/references.py.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) reference: Option<String>,
+    pub(crate) reference: Option<String>,
     /// Layers to adapt; none for methods that have but one place to go.
     #[serde(default)]
-    pub(super) target_modules: Vec<String>,
+    pub(crate) target_modules: Vec<String>,
     /// Fields of `adapter_config.json`.
-    pub(super) options: Map<String, Value>,
+    pub(crate) options: Map<String, Value>,
     /// Options of `burn-peft train` that hold for this row alone.
-    pub(super) training: Map<String, Value>,
+    pub(crate) training: Map<String, Value>,
     /// Optimizer steps of a timing, for plans that need more than the usual few; says nothing about a run.
     #[serde(default, skip_serializing)]
-    pub(super) timed_steps: Option<usize>,
+    pub(crate) timed_steps: Option<usize>,
 }
 
 impl Recipe {
     /// That of the task "sentiment".
-    pub(super) fn sentiment() -> Result<Self, Failure> {
+    pub(crate) fn sentiment() -> Result<Self, Failure> {
         Self::read(SENTIMENT)
     }
 
     /// That of the task "images".
-    pub(super) fn images() -> Result<Self, Failure> {
+    pub(crate) fn images() -> Result<Self, Failure> {
         Self::read(IMAGES)
     }
 
@@ -58,7 +58,7 @@ impl Recipe {
     }
 
     /// The rows of these names in the recipe's order; all of them if there are no names.
-    pub(super) fn select(&self, names: &[String]) -> Result<Vec<&Row>, Failure> {
+    pub(crate) fn select(&self, names: &[String]) -> Result<Vec<&Row>, Failure> {
         if let Some(unknown) = names.iter().find(|name| !self.rows.iter().any(|r| r.name == **name))
         {
             let known: Vec<_> = self.rows.iter().map(|row| row.name.as_str()).collect();
@@ -70,7 +70,7 @@ impl Recipe {
     }
 
     /// The options of `burn-peft train` for a row: its own over those of all.
-    pub(super) fn training(&self, row: &Row) -> Map<String, Value> {
+    pub(crate) fn training(&self, row: &Row) -> Map<String, Value> {
         let mut training = self.training.clone();
         training.extend(row.training.clone());
         training

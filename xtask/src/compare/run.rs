@@ -14,7 +14,7 @@ use std::time::Instant;
 
 /// Who trains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Side {
+pub(crate) enum Side {
     Ours,
     Python,
 }
@@ -48,27 +48,27 @@ pub(super) struct Measured {
 }
 
 /// What all runs of a table share.
-pub(super) struct Desk {
-    pub(super) program: PathBuf,
+pub(crate) struct Desk {
+    pub(crate) program: PathBuf,
     /// A Python with `peft`, and the script for it.
-    pub(super) python: Option<(PathBuf, PathBuf)>,
-    pub(super) model: PathBuf,
-    pub(super) train: PathBuf,
-    pub(super) held_out: PathBuf,
+    pub(crate) python: Option<(PathBuf, PathBuf)>,
+    pub(crate) model: PathBuf,
+    pub(crate) train: PathBuf,
+    pub(crate) held_out: PathBuf,
     /// Sentences that have nothing to do with the task, for a model of texts.
-    pub(super) neutral: Option<PathBuf>,
+    pub(crate) neutral: Option<PathBuf>,
     /// Sums of the data, which are part of what was run.
-    pub(super) sums: Vec<String>,
-    pub(super) output: PathBuf,
-    pub(super) threads: usize,
+    pub(crate) sums: Vec<String>,
+    pub(crate) output: PathBuf,
+    pub(crate) threads: usize,
 }
 
 /// One run.
-pub(super) struct Job<'r> {
-    pub(super) row: &'r Row,
-    pub(super) training: Map<String, Value>,
-    pub(super) seed: u64,
-    pub(super) side: Side,
+pub(crate) struct Job<'r> {
+    pub(crate) row: &'r Row,
+    pub(crate) training: Map<String, Value>,
+    pub(crate) seed: u64,
+    pub(crate) side: Side,
 }
 
 impl Job<'_> {
@@ -148,21 +148,13 @@ impl Job<'_> {
         let adapter = folder.join("adapter");
         exec::logged(&mut self.train(desk, &adapter), log)?;
         let summary = summary(&adapter)?;
-        let mut eval = desk.command("eval");
-        eval.arg("--adapter").arg(&adapter).arg("--test-file").arg(&desk.held_out);
-        if let Some(length) = self.training.get("max_length") {
-            eval.arg(format!("--max-length={length}"));
-        }
-        let report = exec::logged(&mut eval, log)?;
-        let report: Value = serde_json::from_slice(&report).map_err(|e| Failure::at(log, e))?;
-
         let adapted = folder.join("adapted.safetensors");
         let forgetting = match desk.embed(Some(&adapter), &adapted, log)? {
             true => Some(1.0 - similarity(&desk.base_embeddings(), &adapted)?),
             false => None,
         };
         Ok(Measured {
-            accuracy: number(&report, "accuracy", &adapter)?,
+            accuracy: self.accuracy(desk, &adapter, log)?,
             trainable_parameters: number(&summary, "trainable_parameters", &adapter)? as u64,
             adapter_bytes: tensor_bytes(&adapter)?,
             step_seconds: step_seconds(&summary, &adapter)?,
@@ -172,8 +164,20 @@ impl Job<'_> {
         })
     }
 
+    /// What an adapter of ours gets right of the held-out examples.
+    pub(crate) fn accuracy(&self, desk: &Desk, adapter: &Path, log: &Path) -> Result<f64, Failure> {
+        let mut eval = desk.command("eval");
+        eval.arg("--adapter").arg(adapter).arg("--test-file").arg(&desk.held_out);
+        if let Some(length) = self.training.get("max_length") {
+            eval.arg(format!("--max-length={length}"));
+        }
+        let report = exec::logged(&mut eval, log)?;
+        let report: Value = serde_json::from_slice(&report).map_err(|e| Failure::at(log, e))?;
+        number(&report, "accuracy", adapter)
+    }
+
     /// `burn-peft train`, with nothing evaluated on the way.
-    fn train(&self, desk: &Desk, adapter: &Path) -> Command {
+    pub(crate) fn train(&self, desk: &Desk, adapter: &Path) -> Command {
         let Row { method, target_modules, options, .. } = self.row;
         let mut train = desk.command("train");
         train.arg("--train-file").arg(&desk.train).arg("--output-dir").arg(adapter);
@@ -194,7 +198,7 @@ impl Job<'_> {
 
     /// Where our training begins, for the other side to begin there too: our adapter after one step, whose
     /// rate is 0.
-    fn start(&self, desk: &Desk, folder: &Path, log: &Path) -> Result<PathBuf, Failure> {
+    pub(crate) fn start(&self, desk: &Desk, folder: &Path, log: &Path) -> Result<PathBuf, Failure> {
         let start = folder.join("start");
         let mut training = self.training.clone();
         for option in ["max_steps", "warmup_steps"] {
@@ -226,13 +230,13 @@ impl Job<'_> {
 }
 
 /// What `burn-peft train` left beside the adapter.
-fn summary(adapter: &Path) -> Result<Value, Failure> {
+pub(crate) fn summary(adapter: &Path) -> Result<Value, Failure> {
     let path = adapter.join("summary.json");
     let text = fs::read_to_string(&path).map_err(|e| Failure::at(&path, e))?;
     serde_json::from_str(&text).map_err(|e| Failure::at(&path, e))
 }
 
-fn number(of: &Value, name: &str, adapter: &Path) -> Result<f64, Failure> {
+pub(crate) fn number(of: &Value, name: &str, adapter: &Path) -> Result<f64, Failure> {
     let found = of[name].as_f64();
     found.ok_or_else(|| Failure::at(adapter, format!("`{name}` is not known")))
 }
