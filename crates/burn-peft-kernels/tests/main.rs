@@ -191,7 +191,7 @@ proptest! {
 
     #[test]
     fn attention(
-        batch in 1_usize..4, groups in 1_usize..3, share in 1_usize..4, seq in 1_usize..150, past in 0_usize..20,
+        batch in 1_usize..4, groups in 1_usize..3, share in 1_usize..4, seq in 1_usize..150, past in 0_usize..300,
         d in 1_usize..24, kind in 0_usize..4,
     ) {
         let total = seq + past;

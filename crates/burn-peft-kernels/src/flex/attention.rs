@@ -1,15 +1,17 @@
 //! Attention by blocks of query rows, no `[seq, total]` matrix kept.
 //!
+//! The heads of a group stand one below the other in a block, so that their keys and values are packed for all of them at once.
+//!
 //! `P = softmax(s·Q·Kᵀ + mask)`, `O = P·V`. What is kept of `P` are two numbers a row, the largest score `m` and `w = 1/Σ exp(· − m)`,
 //! so that backward makes `P = w·exp(s·Q·Kᵀ + mask − m)` again (arXiv 2205.14135, algorithm 4; its one number, `log Σ exp`, would
 //! lose `w` where everything is hidden and `m` is large):
-//! `dV = Pᵀ·dO`, `dP = dO·Vᵀ`, `dS = P∘(dP − rowsum(P∘dP))`, `dQ = s·dS·K`, `dK = s·dSᵀ·Q`.
+//! `dV = Pᵀ·dO`, `dP = dO·Vᵀ`, `dS = P∘(dP − rowsum(dO∘O))`, `dQ = s·dS·K`, `dK = s·dSᵀ·Q`.
 // Tasks write their own heads of one output, interleaved; see `Parts`.
 #![allow(unsafe_code)]
 
 use super::math::{dot, exp, largest, sum, vectorized};
 use super::matrix::{Parts, Shape, View, ViewMut, matmul};
-use super::tensors::{Strided, flat, make};
+use super::tensors::{Strided, flat, in_order, make};
 use super::{Dense, Tracked};
 use burn::backend::Flex;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
@@ -19,8 +21,13 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Query rows that are worked on at once.
-const ROWS: usize = 64;
+/// Rows of a block, all heads of a group together, and columns of it that backward works on at once: what two cores'
+/// caches hold.
+const ROWS: usize = 192;
+const COLS: usize = 256;
+
+/// Tasks a core, so that none waits long for the last.
+const TASKS: usize = 4;
 
 /// What is below this hides a pair: beside one that is seen, it adds nothing to a sum of exponentials.
 const HIDDEN: f32 = -1e8;
@@ -32,13 +39,32 @@ struct Inputs {
     v: Strided,
     mask: Option<Strided>,
     scale: f32,
+    /// Query positions of a block.
+    positions: usize,
+    /// The columns that each block sees, `[batch or 1][blocks]`.
+    seen: Vec<Range<usize>>,
+}
+
+/// Some query rows of a row of the batch, in all heads of a group.
+struct Block {
+    row: usize,
+    group: usize,
+    rows: Range<usize>,
+    seen: Range<usize>,
 }
 
 impl Inputs {
     fn new(q: &Dense, k: &Dense, v: &Dense, mask: Option<&Dense>) -> Self {
         let [q, k, v] = [q, k, v].map(Strided::new);
         let scale = (q.dims[3] as f32).powf(-0.5);
-        Self { q, k, v, mask: mask.map(Strided::new), scale }
+        let own = q.dims[1] / k.dims[1].max(1);
+        let positions = (ROWS / own.max(1)).clamp(ROWS / 6, ROWS * 2 / 3);
+        let mask = mask.map(Strided::new);
+        let mut inputs = Self { q, k, v, mask, scale, positions, seen: Vec::new() };
+        let (batch, blocks) = (inputs.masks(), inputs.blocks());
+        let seen = (0..batch * blocks).into_par_iter();
+        inputs.seen = seen.map(|at| inputs.sees(at / blocks, &inputs.rows(at % blocks))).collect();
+        inputs
     }
 
     /// `[batch, heads, seq, d]`
@@ -50,20 +76,40 @@ impl Inputs {
         self.k.dims[2]
     }
 
-    /// The group whose keys and values a head reads.
-    fn group(&self, head: usize) -> usize {
-        head * self.k.dims[1] / self.q.dims[1]
+    fn groups(&self) -> usize {
+        self.k.dims[1]
     }
 
-    /// A part of a matrix of queries, keys or values at a row of the batch and a head or group.
-    fn part<'a>(of: &'a Strided, row: usize, head: usize, rows: &Range<usize>) -> View<'a> {
-        let offset = of.at(row, head) + rows.start * of.row_stride();
-        View::new(of.memory(), offset, Shape::spaced(rows.len(), of.dims[3], of.row_stride()))
+    /// The heads that read a group's keys and values.
+    fn heads(&self, group: usize) -> Range<usize> {
+        let own = self.q.dims[1] / self.groups();
+        group * own..(group + 1) * own
+    }
+
+    /// Masks that differ: one a row of the batch, or one for all.
+    fn masks(&self) -> usize {
+        self.mask.as_ref().map_or(1, |mask| mask.dims[0])
+    }
+
+    fn blocks(&self) -> usize {
+        self.q.dims[2].div_ceil(self.positions)
+    }
+
+    /// Query rows of a block.
+    fn rows(&self, block: usize) -> Range<usize> {
+        let start = block * self.positions;
+        start..(start + self.positions).min(self.q.dims[2])
+    }
+
+    fn block(&self, row: usize, group: usize, block: usize) -> Block {
+        let mask = if self.masks() == 1 { 0 } else { row };
+        let seen = self.seen[mask * self.blocks() + block].clone();
+        Block { row, group, rows: self.rows(block), seen }
     }
 
     /// The columns that any of these query rows sees; all, if one of them sees nothing, because its weights
     /// are those of a softmax over all that is hidden.
-    fn seen(&self, row: usize, rows: &Range<usize>) -> Range<usize> {
+    fn sees(&self, row: usize, rows: &Range<usize>) -> Range<usize> {
         let total = self.total();
         let Some(mask) = &self.mask else { return 0..total };
         let (mut start, mut end) = (total, 0);
@@ -77,70 +123,91 @@ impl Inputs {
         start.min(end)..end
     }
 
-    /// `s·Q·Kᵀ + mask` of a block, `[rows, seen]`, into `scores`.
-    fn scores(
-        &self,
-        row: usize,
-        head: usize,
-        rows: &Range<usize>,
-        seen: &Range<usize>,
-        scores: &mut [f32],
-    ) {
-        let q = Self::part(&self.q, row, head, rows);
-        let k = Self::part(&self.k, row, self.group(head), seen);
-        let mut out = ViewMut::new(scores, Shape::rows(rows.len(), seen.len()));
-        matmul(&mut out, false, self.scale, q, k.transposed());
-        if let Some(mask) = &self.mask {
-            for (i, scores) in rows.clone().zip(scores.chunks_exact_mut(seen.len())) {
-                let mask = &mask.row(row, 0, i)[seen.clone()];
-                scores.iter_mut().zip(mask).for_each(|(score, mask)| *score += mask);
-            }
+    /// Keys or values of a group at some columns, `[cols, d]`.
+    fn part<'a>(of: &'a Strided, block: &Block, cols: &Range<usize>) -> View<'a> {
+        let offset = of.at(block.row, block.group) + cols.start * of.row_stride();
+        View::new(of.memory(), offset, Shape::spaced(cols.len(), of.dims[3], of.row_stride()))
+    }
+
+    /// The head and the position of each line of a block.
+    fn lines(&self, block: &Block) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let rows = block.rows.clone();
+        self.heads(block.group).flat_map(move |head| rows.clone().map(move |i| (head, i)))
+    }
+
+    /// Copies the queries of a block into `to`, `[lines, d]`.
+    fn queries(&self, block: &Block, to: &mut [f32]) {
+        for (to, (head, i)) in to.chunks_exact_mut(self.q.dims[3]).zip(self.lines(block)) {
+            to.copy_from_slice(self.q.row(block.row, head, i));
         }
+    }
+
+    /// What is added to the scores of a position at some columns.
+    fn mask(&self, block: &Block, i: usize, cols: &Range<usize>) -> Option<&[f32]> {
+        self.mask.as_ref().map(|mask| &mask.row(block.row, 0, i)[cols.clone()])
+    }
+
+    /// Lines of the largest block.
+    fn most(&self) -> usize {
+        self.positions.min(self.q.dims[2]) * self.q.dims[1] / self.groups().max(1)
     }
 }
 
-/// Blocks of the query rows.
-fn blocks(seq: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..seq).step_by(ROWS).map(move |start| start..(start + ROWS).min(seq))
+#[inline(always)]
+fn add(to: &mut [f32], mask: Option<&[f32]>) {
+    if let Some(mask) = mask {
+        to.iter_mut().zip(mask).for_each(|(score, mask)| *score += mask);
+    }
 }
 
-/// `m` and `w` of each row, `[batch, heads, seq]`.
-type Sums = Vec<[f32; 2]>;
+/// `m` and `w` of each row, `[batch, heads, seq, 2]`.
+type Sums = Vec<f32>;
 
 /// The output `[batch, seq, heads·d]`, and what backward needs of `P`.
 pub(super) fn forward(q: &Dense, k: &Dense, v: &Dense, mask: Option<&Dense>) -> (Dense, Sums) {
     let inputs = Inputs::new(q, k, v, mask);
     let [batch, heads, seq, d] = inputs.dims();
-    let mut sums = vec![[0.0_f32; 2]; batch * heads * seq];
+    let (groups, blocks) = (inputs.groups(), inputs.blocks());
+    let mut sums = vec![0.0_f32; batch * heads * seq * 2];
     let out = make([batch, seq, heads * d], |out| {
-        let out = Parts::new(out);
-        sums.par_chunks_mut(seq.max(1)).enumerate().for_each(|(task, sums)| {
-            let (row, head) = (task / heads, task % heads);
-            let mut scores = vec![0.0_f32; ROWS.min(seq) * inputs.total()];
-            for rows in blocks(seq) {
-                let seen = inputs.seen(row, &rows);
-                if seen.is_empty() {
-                    continue; // there are no keys
-                }
-                let scores = &mut scores[..rows.len() * seen.len()];
-                inputs.scores(row, head, &rows, &seen, scores);
-                let sums = &mut sums[rows.clone()];
-                for (line, sums) in scores.chunks_exact_mut(seen.len()).zip(sums.iter_mut()) {
-                    *sums = vectorized(
-                        #[inline(always)]
-                        || soften(line),
-                    );
-                }
-                let shape = Shape::spaced(rows.len(), d, heads * d);
-                let offset = (row * seq + rows.start) * heads * d + head * d;
-                // SAFETY: a task has a row of the batch and a head of its own, and its blocks other rows.
-                let mut out = unsafe { out.view(offset, shape) };
-                let p = View::new(scores, 0, Shape::rows(rows.len(), seen.len()));
-                let v = Inputs::part(&inputs.v, row, inputs.group(head), &seen);
-                matmul(&mut out, false, 1.0, p, v);
-                for (i, [_, weight]) in sums.iter().enumerate() {
-                    out.row(i).iter_mut().for_each(|x| *x *= weight);
-                }
+        let (out, sums) = (Parts::new(out), Parts::new(&mut sums));
+        (0..batch * groups * blocks).into_par_iter().for_each(|task| {
+            let (at, index) = (task / blocks, task % blocks);
+            let block = inputs.block(at / groups, at % groups, index);
+            let seen = block.seen.len();
+            if seen == 0 || d == 0 {
+                return; // there are no keys
+            }
+            let most = inputs.lines(&block).count();
+            let mut q = vec![0.0_f32; most * d];
+            inputs.queries(&block, &mut q);
+            let (mut scores, mut weights) = (vec![0.0_f32; most * seen], Vec::with_capacity(most));
+            let (by_seen, by_d) = (Shape::rows(most, seen), Shape::rows(most, d));
+            let [k, v] = [&inputs.k, &inputs.v].map(|of| Inputs::part(of, &block, &block.seen));
+            let mut to = ViewMut::new(&mut scores, by_seen);
+            matmul(&mut to, false, inputs.scale, View::new(&q, 0, by_d), k.transposed());
+            for (scores, (head, i)) in scores.chunks_exact_mut(seen).zip(inputs.lines(&block)) {
+                let mask = inputs.mask(&block, i, &block.seen);
+                let both = vectorized(
+                    #[inline(always)]
+                    || {
+                        add(scores, mask);
+                        soften(scores)
+                    },
+                );
+                // SAFETY: a task has positions and heads of its own.
+                let sums = unsafe { sums.numbers(((block.row * heads + head) * seq + i) * 2, 2) };
+                sums.copy_from_slice(&both);
+                weights.push(both[1]);
+            }
+            // What the queries needed holds the outputs now.
+            let p = View::new(&scores, 0, by_seen);
+            matmul(&mut ViewMut::new(&mut q, by_d), false, 1.0, p, v);
+            let mixed = q.chunks_exact(d).zip(weights);
+            for ((mixed, weight), (head, i)) in mixed.zip(inputs.lines(&block)) {
+                // SAFETY: as above.
+                let to = unsafe { out.numbers((block.row * seq + i) * heads * d + head * d, d) };
+                to.iter_mut().zip(mixed).for_each(|(out, mixed)| *out = mixed * weight);
             }
         });
     });
@@ -162,6 +229,7 @@ struct State {
     k: Dense,
     v: Dense,
     mask: Option<Dense>,
+    out: Dense,
     sums: Sums,
 }
 
@@ -169,74 +237,123 @@ struct State {
 fn gradients(g: &Dense, state: &State) -> [Dense; 3] {
     let inputs = Inputs::new(&state.q, &state.k, &state.v, state.mask.as_ref());
     let [batch, heads, seq, d] = inputs.dims();
-    let (groups, total) = (inputs.k.dims[1], inputs.total());
-    let g = super::tensors::in_order(g);
-    let g = flat(&g);
+    let (groups, blocks, total) = (inputs.groups(), inputs.blocks(), inputs.total());
+    let (g, out) = (in_order(g), in_order(&state.out));
     let mut dq = make([batch, seq, heads, d], |_| ());
-    let mut dk = make([batch, total, groups, d], |_| ());
-    let mut dv = make([batch, total, groups, d], |_| ());
-    {
+    // Blocks of a group are shared out among tasks where groups are few. Each adds up keys' and values' gradients of its own.
+    let wanted = TASKS * rayon::current_num_threads();
+    let shares = wanted.div_ceil((batch * groups).max(1)).clamp(1, blocks.max(1));
+    let added: Vec<[Vec<f32>; 2]> = {
         let dq = Parts::new(dq.storage_mut::<f32>());
-        let dk = Parts::new(dk.storage_mut::<f32>());
-        let dv = Parts::new(dv.storage_mut::<f32>());
-        // A task has a group, whose heads add up in its keys' and values' gradients, in order.
-        (0..batch * groups).into_par_iter().for_each(|task| {
-            let (row, group) = (task / groups, task % groups);
-            let mut p = vec![0.0_f32; ROWS.min(seq) * total];
-            let mut dp = vec![0.0_f32; ROWS.min(seq) * total];
-            let own = (0..heads).filter(|head| inputs.group(*head) == group);
-            for (head, rows) in own.flat_map(|head| blocks(seq).map(move |rows| (head, rows))) {
-                let seen = inputs.seen(row, &rows);
-                if seen.is_empty() {
-                    continue;
+        let taken = (0..batch * groups * shares).into_par_iter().map(|task| {
+            let (at, share) = (task / shares, task % shares);
+            let mut sums = [0, 1].map(|_| vec![0.0_f32; total * d]);
+            let mut room = Room::new(&inputs);
+            for index in (share..blocks).step_by(shares) {
+                let block = inputs.block(at / groups, at % groups, index);
+                if !block.seen.is_empty() && d > 0 {
+                    room.take(&inputs, &block, [flat(&g), flat(&out)], &state.sums, &mut sums);
+                    for (from, (head, i)) in room.dq.chunks_exact(d).zip(inputs.lines(&block)) {
+                        let offset = (block.row * seq + i) * heads * d + head * d;
+                        // SAFETY: a task has positions and heads of its own.
+                        unsafe { dq.numbers(offset, d) }.copy_from_slice(from);
+                    }
                 }
-                let (p, dp) =
-                    (&mut p[..rows.len() * seen.len()], &mut dp[..rows.len() * seen.len()]);
-                inputs.scores(row, head, &rows, &seen, p);
-                let offset = (row * seq + rows.start) * heads * d + head * d;
-                let g = View::new(g, offset, Shape::spaced(rows.len(), d, heads * d));
-                let [q, k, v] = [
-                    (&inputs.q, head, &rows),
-                    (&inputs.k, group, &seen),
-                    (&inputs.v, group, &seen),
-                ]
-                .map(|(of, at, range)| Inputs::part(of, row, at, range));
-                let block = Shape::rows(rows.len(), seen.len());
-                matmul(&mut ViewMut::new(dp, block), false, 1.0, g, v.transposed());
-                let sums = &state.sums[(row * heads + head) * seq..][rows.clone()];
+            }
+            sums
+        });
+        taken.collect()
+    };
+    let [dk, dv] = [0, 1].map(|which| {
+        make([batch, total, groups, d], |to| {
+            to.par_chunks_mut((groups * d).max(1)).enumerate().for_each(|(place, to)| {
+                let (row, i) = (place / total, place % total);
+                for (group, to) in to.chunks_exact_mut(d).enumerate() {
+                    for parts in &added[(row * groups + group) * shares..][..shares] {
+                        let part = &parts[which][i * d..(i + 1) * d];
+                        to.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+                    }
+                }
+            });
+        })
+    });
+    [dq, dk, dv].map(|d| d.transpose(1, 2))
+}
+
+/// What backward works in.
+struct Room {
+    q: Vec<f32>,
+    g: Vec<f32>,
+    dq: Vec<f32>,
+    p: Vec<f32>,
+    ds: Vec<f32>,
+    /// `m`, `w` and `dO·O` of each line.
+    of: Vec<[f32; 3]>,
+}
+
+impl Room {
+    fn new(inputs: &Inputs) -> Self {
+        let (most, d, cols) = (inputs.most(), inputs.q.dims[3], inputs.total().min(COLS));
+        let [q, g, dq] = [0; 3].map(|_| vec![0.0_f32; most * d]);
+        let [p, ds] = [0; 2].map(|_| vec![0.0_f32; most * cols]);
+        Self { q, g, dq, p, ds, of: vec![[0.0; 3]; most] }
+    }
+
+    /// A block's `dQ`, which is left in `dq`; its `dK` and `dV` are added to `sums`.
+    fn take(
+        &mut self,
+        inputs: &Inputs,
+        block: &Block,
+        [g, out]: [&[f32]; 2],
+        sums: &Sums,
+        [dk, dv]: &mut [Vec<f32>; 2],
+    ) {
+        let [_, heads, seq, d] = inputs.dims();
+        let lines = inputs.lines(block).count();
+        let by_d = Shape::rows(lines, d);
+        for room in [&mut self.q, &mut self.g, &mut self.dq] {
+            room.truncate(lines * d);
+            room.resize(lines * d, 0.0);
+        }
+        inputs.queries(block, &mut self.q);
+        let to = self.g.chunks_exact_mut(d).zip(&mut self.of);
+        for ((to, of), (head, i)) in to.zip(inputs.lines(block)) {
+            let at = (block.row * seq + i) * heads * d + head * d;
+            to.copy_from_slice(&g[at..at + d]);
+            let sums = &sums[((block.row * heads + head) * seq + i) * 2..][..2];
+            *of = [sums[0], sums[1], dot(to, &out[at..at + d])];
+        }
+        for first in block.seen.clone().step_by(COLS) {
+            let cols = first..(first + COLS).min(block.seen.end);
+            let shape = Shape::rows(lines, cols.len());
+            let [k, v] = [&inputs.k, &inputs.v].map(|of| Inputs::part(of, block, &cols));
+            let (q, g) = (View::new(&self.q, 0, by_d), View::new(&self.g, 0, by_d));
+            let (p, ds) = (&mut self.p[..lines * cols.len()], &mut self.ds[..lines * cols.len()]);
+            matmul(&mut ViewMut::new(p, shape), false, inputs.scale, q, k.transposed());
+            matmul(&mut ViewMut::new(ds, shape), false, 1.0, g, v.transposed());
+            let both = p.chunks_exact_mut(cols.len()).zip(ds.chunks_exact_mut(cols.len()));
+            for (((p, ds), of), (_, i)) in both.zip(&self.of).zip(inputs.lines(block)) {
+                let ([top, weight, mean], mask) = (*of, inputs.mask(block, i, &cols));
                 vectorized(
                     #[inline(always)]
                     || {
-                        for (line, [top, weight]) in p.chunks_exact_mut(seen.len()).zip(sums) {
-                            line.iter_mut().for_each(|score| *score = exp(*score - top) * weight);
-                        }
-                        for (p, dp) in
-                            p.chunks_exact(seen.len()).zip(dp.chunks_exact_mut(seen.len()))
-                        {
-                            let mean = dot(p, dp);
-                            dp.iter_mut().zip(p).for_each(|(dp, p)| *dp = p * (*dp - mean));
-                        }
+                        add(p, mask);
+                        p.iter_mut().for_each(|score| *score = exp(*score - top) * weight);
+                        ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = *p * (*ds - mean));
                     },
                 );
-                let key_rows = Shape::spaced(seen.len(), d, groups * d);
-                let key_offset = (row * total + seen.start) * groups * d + group * d;
-                // SAFETY: a task has a row of the batch and a group of its own, and with it the group's
-                // heads; one block's views end before the next one's begin.
-                let (mut dq, mut dk, mut dv) = unsafe {
-                    (
-                        dq.view(offset, Shape::spaced(rows.len(), d, heads * d)),
-                        dk.view(key_offset, key_rows),
-                        dv.view(key_offset, key_rows),
-                    )
-                };
-                let [p, ds] = [View::new(p, 0, block), View::new(dp, 0, block)];
-                matmul(&mut dv, true, 1.0, p.transposed(), g);
-                matmul(&mut dq, false, inputs.scale, ds, k);
-                matmul(&mut dk, true, inputs.scale, ds.transposed(), q);
             }
-        });
+            let (p, ds) = (View::new(p, 0, shape), View::new(ds, 0, shape));
+            let keys = cols.start * d..cols.end * d;
+            let by_cols = Shape::rows(cols.len(), d);
+            let mut dv = ViewMut::new(&mut dv[keys.clone()], by_cols);
+            matmul(&mut dv, true, 1.0, p.transposed(), g);
+            let mut dk = ViewMut::new(&mut dk[keys], by_cols);
+            matmul(&mut dk, true, inputs.scale, ds.transposed(), q);
+            let mut dq = ViewMut::new(&mut self.dq, by_d);
+            matmul(&mut dq, first > block.seen.start, inputs.scale, ds, k);
+        }
     }
-    [dq, dk, dv].map(|d| d.transpose(1, 2))
 }
 
 #[derive(Debug)]
@@ -265,7 +382,7 @@ pub(super) fn tracked<C: CheckpointStrategy>(
     match Step.prepare::<C>(nodes).compute_bound().stateful() {
         OpsKind::Tracked(prep) => {
             let [q, k, v] = [q, k, v].map(Tracked::into_primitive);
-            prep.finish(State { q, k, v, mask, sums }, y)
+            prep.finish(State { q, k, v, mask, out: y.clone(), sums }, y)
         }
         OpsKind::UnTracked(prep) => prep.finish(y),
     }

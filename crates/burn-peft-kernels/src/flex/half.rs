@@ -7,7 +7,6 @@
 
 use super::math::{dot, vectorized};
 use super::matrix::{Shape, View, ViewMut, matmul};
-use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 /// Numbers of a block: 1 MiB of f32.
@@ -33,10 +32,25 @@ impl Half for bf16 {
 }
 
 impl Half for f16 {
-    /// By the processor's own instruction, where it has one.
+    /// Exponents count from 15 there and from 127 here; what has none is a fraction of the smallest power.
     #[inline(always)]
     fn widen(from: &[Self], to: &mut [f32]) {
-        from.convert_to_f32_slice(to);
+        const SHIFT: u32 = f32::MANTISSA_DIGITS - f16::MANTISSA_DIGITS;
+        const BIAS: u32 = (127 - 15) << 23;
+        const SMALLEST: u32 = BIAS + (1 << 23);
+        for (to, from) in to.iter_mut().zip(from) {
+            let bits = u32::from(from.to_bits());
+            let (sign, size) = ((bits & 0x8000) << 16, (bits & 0x7fff) << SHIFT);
+            let whole = f32::from_bits(size + BIAS);
+            let fraction = f32::from_bits(size + SMALLEST) - f32::from_bits(SMALLEST);
+            let none = f32::from_bits(size | f32::INFINITY.to_bits());
+            let value = match bits & 0x7c00 {
+                0 => fraction,
+                0x7c00 => none,
+                _ => whole,
+            };
+            *to = f32::from_bits(value.to_bits() | sign);
+        }
     }
 }
 

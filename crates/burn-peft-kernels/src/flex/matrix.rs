@@ -140,6 +140,17 @@ impl<'a> Parts<'a> {
         shape.check(offset, self.len);
         ViewMut { start: self.start.wrapping_add(offset), shape, memory: PhantomData }
     }
+
+    /// One task's numbers, which are neighbours.
+    ///
+    /// # Safety
+    /// As [`Parts::view`].
+    #[allow(clippy::mut_from_ref)]
+    pub(super) unsafe fn numbers(&self, offset: usize, n: usize) -> &'a mut [f32] {
+        assert!(offset + n <= self.len, "numbers beyond the memory");
+        // SAFETY: as is promised, and they lie in memory that was borrowed for so long.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(offset), n) }
+    }
 }
 
 /// `out = scale·a·b`, or `out += scale·a·b`, on one core: inside of tasks that are many already.
