@@ -19,7 +19,9 @@ pub(crate) enum What {
     Forward,
     /// A training step of LoRA's factors.
     Lora,
-    /// The same through Burn's own `apply_lora`.
+    /// The same with gradient checkpointing.
+    LoraCheckpointed,
+    /// A step of LoRA's factors through Burn's own `apply_lora`.
     ApplyLora,
     /// A training step of all parameters.
     Full,

@@ -19,6 +19,8 @@ pub(super) enum Measure {
     Forward,
     /// A training step of LoRA's factors
     Lora,
+    /// The same with gradient checkpointing
+    LoraCheckpointed,
     /// A training step of all parameters
     Full,
     /// A text continued with a cache of keys and values
@@ -33,6 +35,7 @@ impl Measure {
         match self {
             Self::Forward => "forward",
             Self::Lora => "LoRA step",
+            Self::LoraCheckpointed => "checkpointed LoRA",
             Self::Full => "full step",
             Self::Generate => "generation",
             Self::Mixed => "adapters by row",
@@ -51,6 +54,7 @@ impl Measure {
         match self {
             Self::Forward => "forward",
             Self::Lora => "lora",
+            Self::LoraCheckpointed => "lora_checkpointed",
             Self::Full => "full",
             Self::Generate => "generate",
             Self::Mixed => "mixed",
