@@ -121,9 +121,11 @@ def steps(job, model, data):
     }
 
 
-def lora(job):
+def lora(job, checkpointed=False):
     model, causal = load(job)
     model, data = adapted(job, model, trainable=True), batch(job, causal)
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     measured = steps(job, model, data)
 
     folder = Path(job["folder"])
@@ -143,6 +145,10 @@ def lora(job):
     with torch.inference_mode():
         measured["switched_loss"] = model(**data).loss.item()
     return measured
+
+
+def lora_checkpointed(job):
+    return lora(job, checkpointed=True)
 
 
 def full(job):
@@ -187,7 +193,7 @@ def mixed(job):
     return measured | {"losses": losses, "one_seconds": alone["step_seconds"]}
 
 
-MEASURES = {one.__name__: one for one in (rate, forward, lora, full, generate, mixed)}
+MEASURES = {one.__name__: one for one in (rate, forward, lora, lora_checkpointed, full, generate, mixed)}
 
 
 def main(job):

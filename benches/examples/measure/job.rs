@@ -21,7 +21,9 @@ pub(crate) enum What {
     Lora,
     /// The same over a base whose matrices are held in bf16.
     LoraBf16,
-    /// The same through Burn's own `apply_lora`.
+    /// A training step of LoRA's factors with gradient checkpointing.
+    LoraCheckpointed,
+    /// A step of LoRA's factors through Burn's own `apply_lora`.
     ApplyLora,
     /// A training step of all parameters.
     Full,

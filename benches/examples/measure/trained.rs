@@ -23,14 +23,22 @@ fn adamw() -> ModuleOptimizer {
 }
 
 /// LoRA as burn-peft trains it: the base on the plain device, the factors beside it.
-pub(crate) fn lora<B: Peer>(job: &Job, precision: Precision) -> Result<Measured, Failed> {
+pub(crate) fn lora<B: Peer>(
+    job: &Job,
+    precision: Precision,
+    gradient_checkpointing: bool,
+) -> Result<Measured, Failed> {
     let device = Device::flex();
     let (model, sites) = held::<B>(job, precision, &device)?;
     let adapters = adapter(job, 0, &sites, &device.clone().autodiff())?;
     let batch = B::batch(job);
     Objective::check(&model, &batch, &Scope::new(&adapters))?;
-    let settings =
-        StepSettings { device: device.clone(), max_grad_norm: job.max_grad_norm, seed: 0 };
+    let settings = StepSettings {
+        device: device.clone(),
+        max_grad_norm: job.max_grad_norm,
+        seed: 0,
+        gradient_checkpointing,
+    };
     let mut tuned = Tuned::new(Arc::new(model), vec![adapters.erased()], settings);
     let mut optimizer = adamw();
     let (measured, reports) = timed(job, |index| {

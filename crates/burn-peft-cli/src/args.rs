@@ -237,6 +237,9 @@ pub(crate) struct TrainArgs {
     /// Forward passes an optimizer step [default: 1]
     #[arg(long, help_heading = "Training")]
     pub(crate) gradient_accumulation_steps: Option<usize>,
+    /// Keep one hidden state of each block and compute the rest again for gradients: less memory, more time
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", help_heading = "Training")]
+    pub(crate) gradient_checkpointing: Option<bool>,
     /// Largest norm of all gradients; 0 for no clipping [default: 1]
     #[arg(long, help_heading = "Training")]
     pub(crate) max_grad_norm: Option<Finite>,

@@ -8,6 +8,9 @@ use std::fmt;
 ///
 /// It lies over the model, behind all that is trained, in the pass of the batch's loss, where it may take note of what
 /// flows by. After that pass it is asked for its term.
+///
+/// Where blocks are [computed again](crate::Blocks) it takes no note inside of one, which is refused, and what it notes in
+/// front of them must be constant. Its further passes are run as ever, with all that their gradients need kept.
 pub trait Beside: Overlay {
     /// The term, `[1]`, as large as a mean over the batch: where a step has several batches, each counts by its share of
     /// the targets.

@@ -2,7 +2,9 @@
 
 use crate::routed::Cut;
 use crate::sum::{Read, States, sum};
-use crate::{Adapter, Carried, Grid, Hidden, Laid, Mask, Overlay, SeenTokens, Strength, widened};
+use crate::{
+    Adapter, Blocks, Carried, Grid, Hidden, Laid, Mask, Overlay, SeenTokens, Strength, widened,
+};
 use burn::module::Param;
 use burn::nn::conv::{Conv1d, Conv2d};
 use burn::nn::{Embedding, LayerNorm, Linear, RmsNorm};
@@ -30,12 +32,13 @@ pub struct Front<const N: usize> {
 /// lies there, `y = y0 + Σ wᵢ·δᵢ(x, y0)`.
 #[derive(Clone)]
 pub struct Scope<'a> {
-    overlay: &'a dyn Overlay,
-    path: String,
+    pub(crate) overlay: &'a dyn Overlay,
+    pub(crate) path: String,
     pub(crate) tokens: Option<SeenTokens>,
     pub(crate) grid: Option<Grid>,
     /// Which of a sequence's tokens are here, where these are some.
     pub(crate) cut: Option<Arc<Cut>>,
+    pub(crate) blocks: Option<&'a Blocks<'a>>,
 }
 
 impl std::fmt::Debug for Scope<'_> {
@@ -47,12 +50,12 @@ impl std::fmt::Debug for Scope<'_> {
 impl<'a> Scope<'a> {
     /// At the root of a model with `overlay` over it.
     pub fn new(overlay: &'a dyn Overlay) -> Self {
-        Self { overlay, path: String::new(), tokens: None, grid: None, cut: None }
+        Self { overlay, path: String::new(), tokens: None, grid: None, cut: None, blocks: None }
     }
 
     /// The plain model.
     pub fn plain() -> Scope<'static> {
-        Scope { overlay: &(), path: String::new(), tokens: None, grid: None, cut: None }
+        Scope::new(&())
     }
 
     /// One level down. Names are those of the Hugging Face checkpoint; `name` may hold dots.
@@ -64,7 +67,7 @@ impl<'a> Scope<'a> {
         }
         path.push_str(name);
         let (tokens, cut) = (self.tokens.clone(), self.cut.clone());
-        Self { overlay: self.overlay, path, tokens, grid: self.grid, cut }
+        Self { overlay: self.overlay, path, tokens, grid: self.grid, cut, blocks: self.blocks }
     }
 
     /// The same place, in a pass that reads these tokens: what lies over hidden states and linear layers may ask

@@ -79,28 +79,35 @@ pub(crate) fn columns_behind(
 /// Puts `x [batch, seq, hidden]` through the blocks of an encoder, the list "layer" below `cx`, with what stands in front
 /// of each, and each for all tokens or for some: `forward(block, x, whole, mask, cx)` is one of them, whose tokens see all
 /// that `mask` does not hide, and whose keys and values are those of the `whole` where there is one.
-pub(crate) fn through<L>(
+pub(crate) fn through<L: Clone + 'static>(
     blocks: &[L],
     mut x: Tensor<3>,
     mask: Option<&Tensor<4>>,
     cx: &Scope<'_>,
-    forward: impl Fn(&L, Tensor<3>, Option<&Whole<'_>>, Option<Tensor<4>>, &Scope<'_>) -> Tensor<3>,
+    forward: impl Fn(&L, Tensor<3>, Option<&Whole<'_>>, Option<Tensor<4>>, &Scope<'_>) -> Tensor<3>
+    + Clone
+    + 'static,
 ) -> Tensor<3> {
     let list = cx.at("layer");
     let mut carried = list.carried();
     for (index, block) in blocks.iter().enumerate() {
-        let (at, mask) = (cx.block("layer", index), mask.cloned());
-        let run = |x: Tensor<3>, whole: Option<&Whole<'_>>, mask, cx: &Scope<'_>| {
-            forward(block, x, whole, mask, cx)
+        let (block, forward, mut mask, mut n) = (block.clone(), forward.clone(), mask.cloned(), 0);
+        if let Some(Front { parts: [tokens], scores }) = carried.before(index, &x) {
+            let ([_, seq, _], device) = (x.dims(), x.device().inner());
+            mask = columns_behind(&scores, mask, seq, &device);
+            (x, n) = (Tensor::cat(vec![tokens, x], 1), scores.len());
+        }
+        let run = move |[x]: [Tensor<3>; 1], cx: &Scope<'_>| {
+            let (mut at, mask) = (cx.block("layer", index), mask.clone());
+            if n > 0 {
+                at = at.behind(n, mask.clone());
+            }
+            let run = |x: Tensor<3>, whole: Option<&Whole<'_>>, mask, cx: &Scope<'_>| {
+                forward(&block, x, whole, mask, cx)
+            };
+            cx.at("layer").routed(index, x, mask, &at, run)
         };
-        let Some(Front { parts: [tokens], scores }) = carried.before(index, &x) else {
-            x = list.routed(index, x, mask, &at, run);
-            continue;
-        };
-        let ([_, seq, _], device) = (x.dims(), x.device().inner());
-        let mask = columns_behind(&scores, mask, seq, &device);
-        let at = at.behind(scores.len(), mask.clone());
-        x = carried.after(list.routed(index, Tensor::cat(vec![tokens, x], 1), mask, &at, run));
+        x = carried.after(cx.run([x], run));
     }
     x
 }

@@ -330,9 +330,9 @@ impl BertModel {
             Some(ragged) => (ragged.pack(x), cx),
             None => (x, &reading),
         };
-        let mask = mask.as_ref();
-        let layer = |layer: &BertLayer, x, whole: Option<&Whole<'_>>, mask, cx: &Scope<'_>| {
-            layer.forward(x, whole, mask, ragged.as_ref(), cx)
+        let (mask, rows) = (mask.as_ref(), ragged.clone());
+        let layer = move |layer: &BertLayer, x, whole: Option<&Whole<'_>>, mask, cx: &Scope<'_>| {
+            layer.forward(x, whole, mask, rows.as_ref(), cx)
         };
         let y = through(&self.encoder.layer, x, mask, &cx.at("encoder"), layer);
         match &ragged {

@@ -383,8 +383,17 @@ impl LlamaModel {
                     cache.carried.push(front);
                 }
             }
-            let cache = cache.as_deref_mut().map(|cache| (cache, index));
-            x = carried.after(layer.forward(x, &tables, mask, cache, &at));
+            let y = match cache.as_deref_mut() {
+                Some(cache) => layer.forward(x, &tables, mask, Some((cache, index)), &at),
+                None => {
+                    let layer = layer.clone();
+                    let run = move |[x]: [Tensor<3>; 1], at: &Scope<'_>| {
+                        layer.forward(x, &tables, mask.clone(), None, at)
+                    };
+                    at.run([x], run)
+                }
+            };
+            x = carried.after(y);
         }
         if let Some(cache) = cache {
             cache.hold(scores, &tokens.behind(n, -1, &tokens.ids));

@@ -89,6 +89,7 @@ impl<B: Objective> Run<B> {
             device: self.device.clone(),
             max_grad_norm: self.options.max_grad_norm,
             seed: self.options.seed,
+            gradient_checkpointing: self.options.gradient_checkpointing,
         };
         let adapters = parts.iter().map(|part| part.adapters.clone()).collect();
         let guides = parts.iter().map(|part| &part.guide);

@@ -5,7 +5,9 @@ use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Device, ExecutionError, Int, Tensor};
 use burn::train::{InferenceStep, ItemLazy, TrainOutput, TrainStep};
-use burn_peft_core::{Adapters, AnyAdapter, Batch, Beside, Counted, Error, Guide, Passes, Scope};
+use burn_peft_core::{
+    Adapters, AnyAdapter, Batch, Beside, Blocks, Counted, Error, Guide, Passes, Scope, untracked,
+};
 use serde::{Deserialize, Serialize};
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -108,8 +110,11 @@ pub struct StepSettings {
     pub device: Device,
     /// Largest norm of all gradients together; 0 for no clipping.
     pub max_grad_norm: f64,
-    /// Seed of dropout, together with the step's index.
+    /// Seed of dropout, together with the numbers of the step, its batch and the block.
     pub seed: u64,
+    /// Whether blocks are [run again](Blocks::recomputed) for their gradients; the further passes of a
+    /// [`Beside`] are not.
+    pub gradient_checkpointing: bool,
 }
 
 /// A frozen base with adapters over it. Its parameters, and so its checkpoint, are the adapters'.
@@ -246,19 +251,30 @@ impl<B: Objective> TrainStep for Tuned<B> {
     /// Forward and backward over the step's batches. The loss is the mean over all their targets,
     /// so that accumulating changes nothing but the memory.
     fn step(&self, step: Self::Input) -> TrainOutput<Report> {
-        // Dropout depends on the seed and the step alone: a resumed run draws what an
-        // uninterrupted one draws.
-        let stride = (step.index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        self.settings.device.seed(self.settings.seed.wrapping_add(stride));
+        // Dropout depends on the seed and on where it is alone: a resumed run draws what an
+        // uninterrupted one draws, and a block that is run again what it drew before.
+        let spread = |number: usize| (number as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let own = self.settings.seed.wrapping_add(spread(step.index));
+        let seed = |part: usize| own.wrapping_add(spread(part).rotate_left(32));
+        let device = &self.settings.device;
+        let still: Vec<_> = match self.settings.gradient_checkpointing {
+            true => self.adapters.iter().map(untracked).collect(),
+            false => Vec::new(),
+        };
 
         let all: usize = step.batches.iter().map(B::targets).sum();
         let mut total = Report { targets: all, ..Report::default() };
         let mut accumulator = GradientsAccumulator::new();
-        for batch in &step.batches {
+        for (part, batch) in step.batches.iter().enumerate() {
+            device.seed(seed(part));
             let made = self.terms.iter().zip(&self.adapters);
             let made = made.filter_map(|(of, adapters)| of.beside.as_ref()?(adapters));
             let laid = (&self.adapters, made.collect::<Vec<_>>());
-            let loss = self.base.loss(batch, &self.settings.device, &Scope::new(&laid));
+            let mut blocks = Blocks::new(device, seed(part));
+            if self.settings.gradient_checkpointing {
+                blocks = blocks.recomputed(&still, &laid.1);
+            }
+            let loss = self.base.loss(batch, device, &Scope::new(&laid).running(&blocks));
             let mean = loss.sum / all.max(1) as f64;
             total.loss += f64::from(mean.clone().into_scalar::<f32>());
             total.correct += usize::try_from(loss.correct.into_scalar::<i32>()).unwrap_or(0);
@@ -266,16 +282,21 @@ impl<B: Objective> TrainStep for Tuned<B> {
             total.tokens += tokens;
             total.padded += padded;
             let share = B::targets(batch) as f64 / all.max(1) as f64;
-            let whole = match self.beside(&laid.1, batch, share) {
-                Ok(None) => mean,
-                Ok(Some(terms)) => mean + terms,
-                Err(error) => {
-                    *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-                    break;
-                }
-            };
-            accumulator.accumulate(self, GradientsParams::from_grads(whole.backward(), self));
+            let done = self.beside(&laid.1, batch, share).and_then(|terms| {
+                let whole = match terms {
+                    Some(terms) => mean + terms,
+                    None => mean,
+                };
+                blocks.backward(&whole, &self.adapters, |grads| {
+                    accumulator.accumulate(self, GradientsParams::from_grads(grads, self));
+                })
+            });
+            if let Err(error) = done {
+                *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                break;
+            }
         }
+        device.seed(seed(step.batches.len()));
         for (of, adapters) in self.terms.iter().zip(&self.adapters) {
             if let Some(penalty) = of.penalty.as_ref().and_then(|of| of(adapters)) {
                 accumulator.accumulate(self, GradientsParams::from_grads(penalty.backward(), self));

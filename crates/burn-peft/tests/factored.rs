@@ -6,12 +6,17 @@ use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::{Device, Distribution, Tensor};
+use burn::train::TrainStep;
 use burn_peft::core::{
     Counted, Kind, Method, Passes, Scope, Sites, Targets, adapt, attach, survey,
 };
+use burn_peft::models::{LlamaConfig, LlamaForCausalLM, Pretrained, Tokens};
 use burn_peft::registry::{ForEach, for_each_method};
 use burn_peft::reparam::Lora;
 use burn_peft::selective::PaFi;
+use burn_peft::train::data::CausalBatch;
+use burn_peft::train::{Step, StepSettings, Tuned};
+use std::sync::{Arc, Mutex, PoisonError};
 
 #[global_allocator]
 static ALLOCATOR: dhat::Alloc = dhat::Alloc;
@@ -105,8 +110,61 @@ fn held(model: &Wide, x: &Tensor<3>, keep_ratio: f64) -> i64 {
     held
 }
 
+/// One test after the other: all allocations are counted together.
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// Most bytes that are held at a time in a step of LoRA, over a Llama of so many blocks.
+fn most_held(blocks: usize, gradient_checkpointing: bool) -> f64 {
+    let device = Device::flex();
+    let config = LlamaConfig {
+        vocab_size: 64,
+        hidden_size: HIDDEN,
+        intermediate_size: 2 * HIDDEN,
+        num_hidden_layers: blocks,
+        num_attention_heads: 4,
+        ..LlamaConfig::default()
+    };
+    let model = LlamaForCausalLM::init(&config, &device).expect("is a good configuration");
+    let sites = Sites::of(&model, Some(LlamaForCausalLM::OUTPUT));
+    let lora = Lora::new(2, 4.0, Targets::list(["q_proj"]));
+    let adapters = adapt(&sites, &lora, 0, &device.clone().autodiff()).expect("fits");
+    let settings = StepSettings { device, max_grad_norm: 0.0, seed: 0, gradient_checkpointing };
+    let tuned = Tuned::new(Arc::new(model), vec![adapters.erased()], settings);
+    let ids: Vec<i32> = (0..TOKENS as i32).map(|i| i * 7 % 64).collect();
+    let targets = ids.clone();
+    let tokens =
+        Tokens { ids, mask: vec![1; TOKENS], batch: 4, seq: TOKENS / 4, ..Tokens::default() };
+    let step = || {
+        let batches = vec![CausalBatch { tokens: tokens.clone(), targets: targets.clone() }];
+        TrainStep::step(&tuned, Step { index: 0, epoch: 0, ends_epoch: false, batches })
+    };
+    drop(step()); // what threads keep, and weights that are made when they are read
+    let _counting = dhat::Profiler::builder().testing().build();
+    drop(step());
+    dhat::HeapStats::get().max_bytes as f64
+}
+
+const HIDDEN: usize = 128;
+const TOKENS: usize = 1024;
+
+/// With gradient checkpointing a block more costs its hidden state, and without it all that the block makes of it.
+#[test]
+fn a_block_that_is_run_again_holds_its_input_alone() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let state = (TOKENS * HIDDEN * size_of::<f32>()) as f64;
+    let [kept, again] = [false, true].map(|again| {
+        let [few, many] = [2, 6].map(|blocks| most_held(blocks, again));
+        (many - few) / 4.0 / state
+    });
+    // Queries, keys, values, two norms, and the feed-forward part's two at twice the width.
+    assert!(kept > 5.0, "{kept} hidden states a block");
+    // The graph's own entries beside it.
+    assert!(again < 2.0, "{again} hidden states a block");
+}
+
 #[test]
 fn a_forward_pass_allocates_less_than_a_weight() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let _counting = dhat::Profiler::builder().testing().build();
     let device = Device::flex();
     let model = Wide {

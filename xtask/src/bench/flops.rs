@@ -118,11 +118,12 @@ impl Shape {
         let pooled = pooler.map_or(0.0, |h| 2.0 * work.heads * r * 2.0 * h);
         let adapted = self.linears.iter().filter(|l| lora(l)).map(factors).sum::<f64>();
         let laid = forward + self.layers as f64 * adapted + pooled;
+        let lora_step = || laid + self.backward(&work, lora, r) + 2.0 * pooled;
         match measure {
             Measure::Full => 3.0 * forward,
-            Measure::Lora | Measure::LoraBf16 => {
-                laid + self.backward(&work, lora, r) + 2.0 * pooled
-            }
+            Measure::Lora | Measure::LoraBf16 => lora_step(),
+            // Blocks go forward twice, and what stands behind them once.
+            Measure::LoraCheckpointed => lora_step() + laid - pooled - 2.0 * work.heads * self.head,
             _ => laid,
         }
     }

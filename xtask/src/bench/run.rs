@@ -21,6 +21,8 @@ pub(super) enum Measure {
     Lora,
     /// The same over a base whose matrices are held in bf16: ours alone, since HF PEFT computes in bf16 then
     LoraBf16,
+    /// The same with gradient checkpointing
+    LoraCheckpointed,
     /// A training step of all parameters
     Full,
     /// A text continued with a cache of keys and values
@@ -36,6 +38,7 @@ impl Measure {
             Self::Forward => "forward",
             Self::Lora => "LoRA step",
             Self::LoraBf16 => "LoRA step, bf16",
+            Self::LoraCheckpointed => "checkpointed LoRA",
             Self::Full => "full step",
             Self::Generate => "generation",
             Self::Mixed => "adapters by row",
@@ -56,6 +59,7 @@ impl Measure {
             Self::Forward => "forward",
             Self::Lora => "lora",
             Self::LoraBf16 => "lora_bf16",
+            Self::LoraCheckpointed => "lora_checkpointed",
             Self::Full => "full",
             Self::Generate => "generate",
             Self::Mixed => "mixed",

@@ -1,5 +1,6 @@
 //! The program as a user runs it, on small models with random weights (`interop/fixtures.py`).
 
+mod checkpointing;
 mod conversions;
 mod dtype;
 mod inits;

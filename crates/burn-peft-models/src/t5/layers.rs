@@ -86,13 +86,13 @@ impl T5Attention {
     }
 
     /// Reads `x`, the norm of the stream, and mixes what was `seen`, with the scores of distances where there
-    /// are such.
+    /// are such, of the encoder or decoder at that scope.
     fn forward(
         &self,
         x: Tensor<3>,
         seen: Cached,
         mask: Option<Tensor<4>>,
-        relative: Option<&Relative<'_>>,
+        relative: Option<(&Relative, &Scope<'_>)>,
         cx: &Scope<'_>,
     ) -> Tensor<3> {
         let q = split_heads(cx.at("q").linear(&self.q, x.clone()), self.heads); // [b, n, s, d]
@@ -108,8 +108,8 @@ impl T5Attention {
         };
         let mixed = match relative {
             // They differ by head and may be trained; the fused form takes constants that all heads share.
-            Some(relative) => {
-                let mut scores = relative.scores(front); // [1, n, s, total]
+            Some((relative, stack)) => {
+                let mut scores = relative.scores(front, stack); // [1, n, s, total]
                 if let Some(added) = added(cx, [rows, total], front) {
                     scores = scores + added.cast(q.dtype());
                 }
@@ -163,16 +163,17 @@ impl T5Self {
         Self { SelfAttention: attention, layer_norm: norm(config, device) }
     }
 
-    /// The scores of distances in a pass of `[rows, total]` tokens, which the first block at `cx` has.
-    pub(super) fn relative<'a>(
-        &'a self,
+    /// The scores of distances in a pass of `[rows, total]` tokens, which the first block of the encoder or decoder at `cx`
+    /// has.
+    pub(super) fn relative(
+        &self,
         distances: Distances,
         size: [usize; 2],
-        cx: &Scope<'a>,
-    ) -> Option<Relative<'a>> {
+        cx: &Scope<'_>,
+    ) -> Option<Relative> {
+        const PATH: &str = "block.0.layer.0.SelfAttention.relative_attention_bias";
         let table = self.SelfAttention.relative_attention_bias.as_ref()?;
-        let at = cx.at("layer.0.SelfAttention.relative_attention_bias");
-        Some(Relative::new(table, distances, size, at))
+        Some(Relative::new(table, distances, size, (PATH, cx)))
     }
 
     /// The stream `x` with what the attention adds.
@@ -180,7 +181,7 @@ impl T5Self {
         &self,
         x: Tensor<3>,
         mask: Option<Tensor<4>>,
-        relative: Option<&Relative<'_>>,
+        relative: Option<(&Relative, &Scope<'_>)>,
         cache: Option<(&mut KvCache, usize)>,
         cx: &Scope<'_>,
     ) -> Tensor<3> {

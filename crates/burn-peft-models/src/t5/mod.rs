@@ -15,7 +15,7 @@ use burn::nn::{Embedding, Linear, RmsNorm};
 use burn::tensor::{Device, Int, Tensor};
 use burn_peft_core::{Error, Front, Hidden, HiddenPlace, Scope, SeenTokens, TensorFile};
 use layers::{T5Cross, T5Dense, T5Self, norm};
-use relative::Distances;
+use relative::{Distances, Relative};
 use std::path::Path;
 
 /// One block of the encoder.
@@ -77,6 +77,44 @@ pub struct EncoderOutput {
     pub tokens: SeenTokens,
 }
 
+impl T5EncoderBlock {
+    /// As block number `index` of the encoder at `cx`.
+    fn forward(
+        &self,
+        index: usize,
+        read: Tensor<3>,
+        mask: Option<Tensor<4>>,
+        relative: Option<&Relative>,
+        cx: &Scope<'_>,
+    ) -> Tensor<3> {
+        let (at, relative) = (cx.block("block", index), relative.map(|relative| (relative, cx)));
+        let x = self.layer.0.forward(read.clone(), mask, relative, None, &at.block("layer", 0));
+        let x = self.layer.1.forward(x, &at.block("layer", 1));
+        at.hidden(Hidden::block(read, x))
+    }
+}
+
+impl T5DecoderBlock {
+    /// As block number `index` of the decoder at `cx`.
+    fn forward(
+        &self,
+        index: usize,
+        read: Tensor<3>,
+        (mask, relative): (Option<Tensor<4>>, Option<&Relative>),
+        encoded: &EncoderOutput,
+        mut cache: Option<&mut KvCache>,
+        cx: &Scope<'_>,
+    ) -> Tensor<3> {
+        let (at, relative) = (cx.block("block", index), relative.map(|relative| (relative, cx)));
+        let own = cache.as_deref_mut().map(|cache| (cache, index));
+        let x = self.layer.0.forward(read.clone(), mask, relative, own, &at.block("layer", 0));
+        let own = cache.map(|cache| (cache, index));
+        let x = self.layer.1.forward(x, encoded, own, &at.block("layer", 1));
+        let x = self.layer.2.forward(x, &at.block("layer", 2));
+        at.hidden(Hidden::block(read, x))
+    }
+}
+
 impl T5ForConditionalGeneration {
     /// What the decoder begins with.
     pub fn start(&self) -> u32 {
@@ -134,22 +172,26 @@ impl T5ForConditionalGeneration {
         let mask = padding_mask(&tokens.mask, &front, [batch, tokens.seq], &device);
         let seen = tokens.seen(front.len(), &[], mask.clone(), &device);
         let cx = &cx.reading(seen.clone()).at("encoder");
-        let relative = self.encoder.block.first().and_then(|block| {
-            block.layer.0.relative(self.facts.distances[0], [rows, rows], &cx.block("block", 0))
-        });
+        let relative =
+            self.encoder.block.first().and_then(|block| {
+                block.layer.0.relative(self.facts.distances[0], [rows, rows], cx)
+            });
         assert!(
             cx.at("block").is_bare(),
             "T5 sets nothing in front of its blocks: `check` says so"
         );
         for (index, block) in self.encoder.block.iter().enumerate() {
-            let (at, relative) = (cx.block("block", index), relative.as_ref());
-            let read = x.clone();
-            x = block.layer.0.forward(x, mask.clone(), relative, None, &at.block("layer", 0));
-            x = block.layer.1.forward(x, &at.block("layer", 1));
-            x = at.hidden(Hidden::block(read, x));
+            let (block, mask, relative) = (block.clone(), mask.clone(), relative.clone());
+            let run = move |[x]: [Tensor<3>; 1], cx: &Scope<'_>| {
+                block.forward(index, x, mask.clone(), relative.as_ref(), cx)
+            };
+            x = cx.run([x], run);
         }
-        let norm = &self.encoder.final_layer_norm;
-        EncoderOutput { states: cx.at("final_layer_norm").rms_norm(norm, x), tokens: seen }
+        // All blocks of the decoder read them, so that a block gives them on.
+        let norm = self.encoder.final_layer_norm.clone();
+        let run =
+            move |[x]: [Tensor<3>; 1], cx: &Scope<'_>| cx.at("final_layer_norm").rms_norm(&norm, x);
+        EncoderOutput { states: cx.run([x], run), tokens: seen }
     }
 
     /// Hidden states of the decoder after its last norm, `[batch, seq, d_model]`: what [`Self::logits`] reads. With a
@@ -169,21 +211,27 @@ impl T5ForConditionalGeneration {
         let held = cache.as_ref().map_or(&[][..], |cache| cache.ids.as_slice());
         let cx = &cx.reading(tokens.seen(0, held, mask.clone(), &device)).at("decoder");
         let size = [tokens.seq, total];
-        let relative = self.decoder.block.first().and_then(|block| {
-            block.layer.0.relative(self.facts.distances[1], size, &cx.block("block", 0))
-        });
+        let relative = self
+            .decoder
+            .block
+            .first()
+            .and_then(|block| block.layer.0.relative(self.facts.distances[1], size, cx));
         assert!(
             cx.at("block").is_bare(),
             "T5 sets nothing in front of its blocks: `check` says so"
         );
         for (index, block) in self.decoder.block.iter().enumerate() {
-            let (at, relative) = (cx.block("block", index), relative.as_ref());
-            let (read, own) = (x.clone(), cache.as_deref_mut().map(|cache| (cache, index)));
-            x = block.layer.0.forward(x, mask.clone(), relative, own, &at.block("layer", 0));
-            let own = cache.as_deref_mut().map(|cache| (cache, index));
-            x = block.layer.1.forward(x, encoded, own, &at.block("layer", 1));
-            x = block.layer.2.forward(x, &at.block("layer", 2));
-            x = at.hidden(Hidden::block(read, x));
+            let (mask, relative) = (mask.clone(), relative.clone());
+            if let Some(cache) = cache.as_deref_mut() {
+                x = block.forward(index, x, (mask, relative.as_ref()), encoded, Some(cache), cx);
+                continue;
+            }
+            let (block, tokens) = (block.clone(), encoded.tokens.clone());
+            let run = move |[x, states]: [Tensor<3>; 2], cx: &Scope<'_>| {
+                let encoded = EncoderOutput { states, tokens: tokens.clone() };
+                block.forward(index, x, (mask.clone(), relative.as_ref()), &encoded, None, cx)
+            };
+            x = cx.run([x, encoded.states.clone()], run);
         }
         if let Some(cache) = cache {
             cache.hold(scores, &tokens.ids);

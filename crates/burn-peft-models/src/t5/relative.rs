@@ -58,33 +58,40 @@ impl Distances {
 }
 
 /// The scores of distances in one pass of an encoder or decoder.
-pub(crate) struct Relative<'a> {
-    table: &'a Embedding,
-    cx: Scope<'a>,
+#[derive(Debug, Clone)]
+pub(crate) struct Relative {
+    table: Embedding,
+    /// Where the table lies, below the encoder or decoder.
+    path: String,
     distances: Distances,
     rows: usize,
     total: usize,
-    own: Tensor<4>,
+    /// All blocks share them; but where the table is trained, so that each block reads its inputs alone.
+    own: Option<Tensor<4>>,
 }
 
-impl<'a> Relative<'a> {
-    /// Of `rows` tokens, the last of `total`, by the first block's table at `cx`.
+impl Relative {
+    /// Of `rows` tokens, the last of `total`, by the first block's table at `path` below `cx`.
     pub(crate) fn new(
-        table: &'a Embedding,
+        table: &Embedding,
         distances: Distances,
         [rows, total]: [usize; 2],
-        cx: Scope<'a>,
+        (path, cx): (&str, &Scope<'_>),
     ) -> Self {
-        let own = scores(table, distances, [rows, total, 0], &cx);
-        Self { table, cx, distances, rows, total, own }
+        let own = scores(table, distances, [rows, total, 0], &cx.at(path));
+        let own = (!own.is_autodiff()).then_some(own);
+        Self { table: table.clone(), path: path.to_owned(), distances, rows, total, own }
     }
 
     /// `[1, heads, rows, front + total]`: keys that a prefix sets in front stand where tokens before the first
-    /// would, as in HF PEFT.
-    pub(crate) fn scores(&self, front: usize) -> Tensor<4> {
-        match front {
-            0 => self.own.clone(),
-            _ => scores(self.table, self.distances, [self.rows, self.total, front], &self.cx),
+    /// would, as in HF PEFT. `cx` is the encoder or decoder.
+    pub(crate) fn scores(&self, front: usize, cx: &Scope<'_>) -> Tensor<4> {
+        match &self.own {
+            Some(own) if front == 0 => own.clone(),
+            _ => {
+                let size = [self.rows, self.total, front];
+                scores(&self.table, self.distances, size, &cx.at(&self.path))
+            }
         }
     }
 }

@@ -345,13 +345,18 @@ fn no_weight_is_prompt_tuning() {
     }
 }
 
+fn plain_step() -> StepSettings {
+    let device = device();
+    StepSettings { device, max_grad_norm: 0.0, seed: 0, gradient_checkpointing: false }
+}
+
 /// A batch that is read in two parts gives the step of the whole.
 #[test]
 fn parts_of_a_batch_are_the_batch() {
     let model: Bert = base("bert");
     let items = items();
     let Part { adapters, guide, .. } = part(&model, &with_head(Ptp::adversarial(4, 0.8)));
-    let settings = StepSettings { device: device(), max_grad_norm: 0.0, seed: 0 };
+    let settings = plain_step();
     let tuned = Tuned::new(Arc::new(model.clone()), vec![adapters.clone()], settings);
     let tuned = tuned.guided([&guide]);
     let step = |parts: &[&[usize]]| {
@@ -457,7 +462,7 @@ fn scores_are_in_no_file() {
     assert_eq!([scores(&adapters), scores(&read)], [2, 0]);
     let mut tuned = part(&model, &config.method);
     tuned.adapters = read.erased();
-    let settings = StepSettings { device: device(), max_grad_norm: 0.0, seed: 0 };
+    let settings = plain_step();
     let tuned =
         Tuned::new(Arc::new(model.clone()), vec![tuned.adapters], settings).guided([&tuned.guide]);
     let batches = vec![passes.1.clone()];
