@@ -101,21 +101,26 @@ impl<'a> Blocks<'a> {
         Self { inside: Some(Inside { still, beside, met: RefCell::default() }), ..self }
     }
 
+    /// Whether the blocks of the pass can be run again.
+    ///
+    /// # Errors
+    /// Something took note of what flows inside of one, or one reads a tracked tensor that is none of its inputs.
+    pub fn repeatable(&self) -> Result<(), Error> {
+        self.fault.take().map_or(Ok(()), Err)
+    }
+
     /// Gradients of the `loss` of the pass: `found` is shown them part by part, and those of a parameter add up. `trained`
     /// lay over the model.
     ///
     /// # Errors
-    /// Blocks that cannot be run again: something took note of what flows inside of one, or one reads a tracked tensor that
-    /// is none of its inputs.
+    /// Blocks that are not [repeatable](Blocks::repeatable).
     pub fn backward(
         &self,
         loss: &Tensor<1>,
         trained: &dyn Overlay,
         mut found: impl FnMut(Gradients),
     ) -> Result<(), Error> {
-        if let Some(fault) = self.fault.take() {
-            return Err(fault);
-        }
+        self.repeatable()?;
         let mut ran = self.ran.take();
         let mut slopes: Vec<Option<Tensor<3>>> = vec![None; ran.len()];
         let mut gradients = Some(loss.backward());

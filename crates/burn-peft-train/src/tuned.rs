@@ -282,7 +282,9 @@ impl<B: Objective> TrainStep for Tuned<B> {
             total.tokens += tokens;
             total.padded += padded;
             let share = B::targets(batch) as f64 / all.max(1) as f64;
-            let done = self.beside(&laid.1, batch, share).and_then(|terms| {
+            // Before the terms are asked for: what was not shown to them they could not tell of.
+            let terms = blocks.repeatable().and_then(|()| self.beside(&laid.1, batch, share));
+            let done = terms.and_then(|terms| {
                 let whole = match terms {
                     Some(terms) => mean + terms,
                     None => mean,

@@ -161,15 +161,15 @@ fn unexpected(what: &str, error: &Error) -> ! {
 }
 
 /// The loss is the same to the bit. So is a gradient but for the order of sums, which differs where several parts meet: of
-/// some hundred roundings of numbers as large as the largest gradient, as in the other laws.
+/// some hundred roundings of numbers as large as the largest gradient, as in the other laws. Returns that one.
 #[track_caller]
-fn same<B: Objective>(model: &Arc<B>, batches: &[B::Batch], parts: &[Part], what: &str) {
+fn same<B: Objective>(model: &Arc<B>, batches: &[B::Batch], parts: &[Part], what: &str) -> f32 {
     let of = |again: bool| step(&tuned(model, parts, 3, again), batches, what);
     let ((loss, kept), (again, recomputed)) = (of(false), of(true));
     assert!(loss.is_finite() && loss == again, "{what}: {loss} and {again}");
     let all = kept.iter().flatten().flatten();
     let largest = all.fold(0.0_f32, |most, x| most.max(x.abs()));
-    assert!(largest > 0.0 && largest.is_finite(), "{what}: {largest}");
+    assert!(largest.is_finite(), "{what}: {largest}");
     for (place, (one, other)) in kept.iter().zip(&recomputed).enumerate() {
         assert_eq!(one.is_some(), other.is_some(), "{what}: parameter {place} has a gradient");
         let (Some(one), Some(other)) = (one, other) else { continue };
@@ -179,6 +179,7 @@ fn same<B: Objective>(model: &Arc<B>, batches: &[B::Batch], parts: &[Part], what
         let bound = 256.0 * f32::EPSILON * largest;
         assert!(far <= bound, "{what}: parameter {place} is {far} apart, at most {bound} expected");
     }
+    largest
 }
 
 /// A batch, for methods that look at data first.
@@ -233,7 +234,7 @@ impl<B: Objective + Pretrained> Law<B> {
     }
 
     fn part<T: Method>(&self, sites: &Sites, method: T) -> Result<Part, Error> {
-        let method = survey(method, sites, &One(&*self.model, &self.batch))?;
+        let method = survey(method.planned(100), sites, &One(&*self.model, &self.batch))?;
         let part = Part::of(sites, &method)?;
         Objective::check(&*self.model, &self.batch, &Scope::new(&part.0))?;
         Ok(part)
@@ -250,8 +251,10 @@ impl<B: Objective + Pretrained> ForEach for Law<B> {
             let Ok(part) = part else { continue };
             let (parts, batches) = ([part], [self.batch.clone()]);
             let what = format!("{} sample {number} on {}", T::NAME, self.name);
-            same(&self.model, &batches, &parts, &what);
-            self.served.insert(T::NAME);
+            // Some act on tokens that this batch lacks.
+            if same(&self.model, &batches, &parts, &what) > 0.0 {
+                self.served.insert(T::NAME);
+            }
             let of = |seed| step(&tuned(&self.model, &parts, seed, true), &batches, &what).0;
             self.drew = self.drew || of(3) != of(4);
         }
@@ -297,7 +300,7 @@ fn batches_and_methods_together() {
         part(&sites, &Vpt { prompt_dropout: 0.3, ..Vpt::deep(2) }),
         part(&sites, &LnTuning::new(Targets::list(["norm", "input_layernorm"]))),
     ];
-    same(&model, &[words(), words()], &parts, "llama");
+    assert!(same(&model, &[words(), words()], &parts, "llama") > 0.0);
 }
 
 #[test]
@@ -309,7 +312,7 @@ fn images_and_pairs_of_texts() {
     let of_vit = sites(&*vit);
     let parts =
         [part(&of_vit, &dropping(&["query", "value", "projection"])), part(&of_vit, &Vpt::deep(2))];
-    same(&vit, &[ClassBatch { input, labels: vec![1, 0] }], &parts, "vit");
+    assert!(same(&vit, &[ClassBatch { input, labels: vec![1, 0] }], &parts, "vit") > 0.0);
 
     // Its blocks share the scores of distances, and those of the decoder what the encoder gives on.
     for name in ["t5", "t5-gated"] {
@@ -319,7 +322,7 @@ fn images_and_pairs_of_texts() {
         let norms = LnTuning::new(Targets::list(["final_layer_norm", "layer_norm"]));
         let parts =
             [part(&of_t5, &lora), part(&of_t5, &norms), part(&of_t5, &PrefixTuning::new(2))];
-        same(&t5, &[pairs()], &parts, name);
+        assert!(same(&t5, &[pairs()], &parts, name) > 0.0);
     }
 }
 
@@ -366,7 +369,7 @@ fn what_is_noted_inside_a_block_is_refused() {
         let guide = Guide { beside: Some(Arc::new(spy)), ..Guide::default() };
         [Part(adapters, guide)]
     };
-    same(&model, &[classes()], &of("classifier"), "at the head");
+    assert!(same(&model, &[classes()], &of("classifier"), "at the head") > 0.0);
     let batches = vec![classes()];
     let tuned = tuned(&model, &of("output.dense"), 3, true);
     let _ = TrainStep::step(&tuned, Step { index: 0, epoch: 0, ends_epoch: false, batches });
