@@ -7,10 +7,6 @@
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft_core::Scope;
 
-/// One in so many of a batch's places must be padding: for attention rows are laid apart and together again, which costs
-/// as much as some padding does.
-const LEAST: usize = 12;
-
 /// Where the tokens of a padded batch stand.
 #[derive(Debug, Clone)]
 pub(crate) struct Ragged {
@@ -23,7 +19,7 @@ pub(crate) struct Ragged {
 }
 
 impl Ragged {
-    /// `None` where nothing is gained: with little padding, and on a device whose kernels are made for one shape and made anew
+    /// `None` where nothing is gained: without padding, and on a device whose kernels are made for one shape and made anew
     /// for the next; or where the padded batch has to stay: something over the model asks for rows, or a row
     /// begins with padding, whose state is read as that of its first token.
     pub(crate) fn of(
@@ -32,13 +28,9 @@ impl Ragged {
         cx: &Scope<'_>,
         device: &Device,
     ) -> Option<Self> {
-        let padding = mask.iter().filter(|kept| **kept == 0).count();
+        let whole = mask.iter().all(|kept| *kept != 0);
         let begins = mask.iter().step_by(seq.max(1)).all(|kept| *kept != 0);
-        if padding * LEAST < mask.len().max(1)
-            || !begins
-            || !burn_peft_kernels::any_shape(device)
-            || !cx.by_token()
-        {
+        if whole || !begins || !burn_peft_kernels::any_shape(device) || !cx.by_token() {
             return None;
         }
         let (mut padded, mut tokens) = (Vec::new(), Vec::with_capacity(mask.len()));

