@@ -21,8 +21,8 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Rows of a block, all heads of a group together, and columns of it that backward works on at once: what two cores'
-/// caches hold.
+/// Rows of a block, all heads of a group together, and columns of it that backward works on at once: two such parts are
+/// what a core's cache holds.
 const ROWS: usize = 192;
 const COLS: usize = 256;
 
