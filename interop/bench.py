@@ -5,8 +5,6 @@ python interop/bench.py --job job.json --output measured.json
 A step is forward, backward, clipping and AdamW (fused, as transformers' trainer has it); the frozen model drops nothing.
 """
 
-import argparse
-import json
 import time
 from pathlib import Path
 
@@ -14,6 +12,8 @@ import peft
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from job import answer
 
 # Times an adapter is loaded, and another is switched to.
 LOADS = 5
@@ -206,9 +206,4 @@ def main(job):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--job", required=True)
-    parser.add_argument("--output", required=True)
-    arguments = parser.parse_args()
-    measured = main(json.loads(Path(arguments.job).read_text()))
-    Path(arguments.output).write_text(json.dumps(measured))
+    answer(main, __doc__)

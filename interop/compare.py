@@ -7,8 +7,6 @@ drops nothing in training and a run goes by optimizer steps. It begins where bur
 a step at a rate of 0) and takes the same batches, so that both sides tell the same losses as long as rounding allows.
 """
 
-import argparse
-import json
 import math
 import re
 import sys
@@ -26,6 +24,7 @@ from transformers import AutoModelForSequenceClassification
 
 import order
 import references
+from job import answer
 
 
 def rows(path):
@@ -238,9 +237,4 @@ def main(job):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--job", required=True)
-    parser.add_argument("--output", required=True)
-    arguments = parser.parse_args()
-    measured = main(json.loads(Path(arguments.job).read_text()))
-    Path(arguments.output).write_text(json.dumps(measured))
+    answer(main, __doc__)

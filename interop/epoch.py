@@ -7,8 +7,6 @@ made, and no step waits for its loss to be told. The batches are burn-peft's (`s
 It begins where burn-peft's training begins (`start`: its adapter after a step at a rate of 0).
 """
 
-import argparse
-import json
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from safetensors.torch import load_file
 
 import order
 from compare import accuracy, classifier, groups, pad, peak_memory, reader, rows, schedule, with_peft
+from job import answer
 
 
 def shuffled(count, size, seed):
@@ -90,9 +89,4 @@ def main(job):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--job", required=True)
-    parser.add_argument("--output", required=True)
-    arguments = parser.parse_args()
-    measured = main(json.loads(Path(arguments.job).read_text()))
-    Path(arguments.output).write_text(json.dumps(measured))
+    answer(main, __doc__)
