@@ -263,11 +263,26 @@ impl<'a> Scope<'a> {
         epsilon: f64,
         x: Tensor<D>,
     ) -> Tensor<D> {
-        self.norm(x, |x, (scale, shift)| {
-            let own_shift = layer.beta.as_ref().map(Param::val);
-            let scale = scale.unwrap_or_else(|| layer.gamma.val());
-            kernels::layer_norm(x, scale, own_shift.map(|own| shift.unwrap_or(own)), epsilon)
+        self.norm(x, |x, parts| {
+            let (scale, shift) = own(layer, parts);
+            kernels::layer_norm(x, scale, shift, epsilon)
         })
+    }
+
+    /// A layer norm of `x + residual`, as [`Scope::layer_norm`].
+    pub fn layer_norm_of_sum<const D: usize>(
+        &self,
+        layer: &LayerNorm,
+        epsilon: f64,
+        x: Tensor<D>,
+        residual: Tensor<D>,
+    ) -> Tensor<D> {
+        let laid = self.laid();
+        let Some(parts) = alone(&laid) else {
+            return self.layer_norm(layer, epsilon, x + residual);
+        };
+        let (scale, shift) = own(layer, parts);
+        kernels::layer_norm_of_sum(x, residual, scale, shift, epsilon)
     }
 
     /// A root-mean-square norm with what lies over it, `[.., dim]`.
@@ -280,13 +295,11 @@ impl<'a> Scope<'a> {
     fn norm<const D: usize>(
         &self,
         x: Tensor<D>,
-        forward: impl Fn(Tensor<D>, (Option<Tensor<1>>, Option<Tensor<1>>)) -> Tensor<D>,
+        forward: impl Fn(Tensor<D>, Parts) -> Tensor<D>,
     ) -> Tensor<D> {
         let laid = self.laid();
-        if let [Laid { adapter, strength: Strength::Scale(w) }] = laid.as_slice()
-            && *w == 1.0
-        {
-            return forward(x, adapter.norm());
+        if let Some(parts) = alone(&laid) {
+            return forward(x, parts);
         }
         let y0 = forward(x.clone(), (None, None));
         sum(laid, &x, y0, |a, x, y| match a.norm() {
@@ -294,6 +307,25 @@ impl<'a> Scope<'a> {
             parts => Some(forward(x.clone(), parts) - y.clone()),
         })
     }
+}
+
+/// Scale and shift of a norm, where they are replaced.
+type Parts = (Option<Tensor<1>>, Option<Tensor<1>>);
+
+/// The parts of a norm under nothing, or under one adapter that counts fully.
+fn alone(laid: &[Laid<'_>]) -> Option<Parts> {
+    match laid {
+        [] => Some((None, None)),
+        [Laid { adapter, strength: Strength::Scale(1.0) }] => Some(adapter.norm()),
+        _ => None,
+    }
+}
+
+/// A layer norm's scale and shift, or what replaces them; it has no shift to replace where it was made without.
+fn own(layer: &LayerNorm, (scale, shift): Parts) -> (Tensor<1>, Option<Tensor<1>>) {
+    let own_shift = layer.beta.as_ref().map(Param::val);
+    let scale = scale.unwrap_or_else(|| layer.gamma.val());
+    (scale, own_shift.map(|own| shift.unwrap_or(own)))
 }
 
 fn frozen<const D: usize>(layer: &Linear, x: Tensor<D>) -> Tensor<D> {

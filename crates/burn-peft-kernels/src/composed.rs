@@ -86,6 +86,25 @@ pub fn cross_entropy(logits: Tensor<2>, targets: Vec<i32>) -> (Tensor<1>, Tensor
     (-right.sum(), correct)
 }
 
+/// As [`attention_rows`](crate::attention_rows), with a mask that hides all other rows.
+pub fn attention_rows(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    lengths: &[[usize; 2]],
+) -> Tensor<3> {
+    let of = |which: usize| {
+        let rows = lengths.iter().enumerate();
+        rows.flat_map(|(row, own)| vec![row; own[which]]).collect::<Vec<_>>()
+    };
+    let (queries, keys) = (of(0), of(1));
+    let score = |q: &usize, k: &usize| if q == k { 0.0_f32 } else { -1e9 };
+    let scores = queries.iter().flat_map(|q| keys.iter().map(move |k| score(q, k)));
+    let scores = TensorData::new(scores.collect::<Vec<_>>(), [1, 1, queries.len(), keys.len()]);
+    let mask = Tensor::<4>::from_data(scores, &q.device().without_autodiff()).cast(q.dtype());
+    attention(q, k, v, Some(mask))
+}
+
 /// As [`attention`](crate::attention()).
 pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, mask: Option<Tensor<4>>) -> Tensor<3> {
     let [batch, heads, seq, d] = q.dims();

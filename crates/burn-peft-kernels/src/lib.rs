@@ -138,6 +138,23 @@ pub fn layer_norm<const D: usize>(
     }
 }
 
+/// Layer norm of `x + residual`, both `[.., dim]`; see [`layer_norm`]. Fused, the sum is made in the norm's pass, and both
+/// have one gradient.
+pub fn layer_norm_of_sum<const D: usize>(
+    x: Tensor<D>,
+    residual: Tensor<D>,
+    gamma: Tensor<1>,
+    beta: Option<Tensor<1>>,
+    epsilon: f64,
+) -> Tensor<D> {
+    let Some(beta) = beta else { return layer_norm(x + residual, gamma, None, epsilon) };
+    let [gamma, beta] = [gamma, beta].map(|parameter| composed::met(parameter, &x));
+    if x.dims() == residual.dims() {
+        on_flex!([x, residual, gamma, beta] => flex::layer_norm_of_sum(x, residual, gamma, beta, epsilon));
+    }
+    composed::layer_norm(x + residual, gamma, Some(beta), epsilon)
+}
+
 /// Root-mean-square norm over the last axis (arXiv 1910.07467): `x/√(mean(x²) + ε)·γ`,
 /// `x [.., dim]`, `γ [dim]`.
 pub fn rms_norm<const D: usize>(x: Tensor<D>, gamma: Tensor<1>, epsilon: f64) -> Tensor<D> {
@@ -194,4 +211,24 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, mask: Option<Tensor<4
             composed::attention(q, k, v, None)
         }
     }
+}
+
+/// Attention of rows that lie one after the other, without padding: `q [1, heads, tokens, d]`, `k`, `v [1, groups, tokens,
+/// d]` → `[1, tokens, heads·d]`. `lengths` has how many queries and how many keys each row has; its queries see all of its own
+/// keys, and no other's.
+///
+/// # Panics
+/// If the rows together have not as many queries and keys as there are, or one has queries and no keys.
+pub fn attention_rows(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    lengths: Vec<[usize; 2]>,
+) -> Tensor<3> {
+    let ([q_batch, _, queries, _], [k_batch, _, keys, _]) = (q.dims(), k.dims());
+    let sums = [0, 1].map(|which| lengths.iter().map(|row| row[which]).sum::<usize>());
+    assert_eq!([1, queries, 1, keys], [q_batch, sums[0], k_batch, sums[1]], "rows of attention");
+    assert!(lengths.iter().all(|row| row[0] == 0 || row[1] > 0), "a row without keys");
+    on_flex!([q, k, v] => flex::attention_rows(q, k, v, lengths));
+    composed::attention_rows(q, k, v, &lengths)
 }

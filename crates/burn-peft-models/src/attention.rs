@@ -1,6 +1,6 @@
 //! Heads and masks of attention.
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft_core::{Front, HIDDEN, Scope, Whole};
 use burn_peft_kernels::{attention, composed};
 
@@ -79,10 +79,15 @@ pub(crate) fn columns_behind(
 /// Puts `x [batch, seq, hidden]` through the blocks of an encoder, the list "layer" below `cx`, with what stands in front
 /// of each, and each for all tokens or for some: `forward(block, x, whole, mask, cx)` is one of them, whose tokens see all
 /// that `mask` does not hide, and whose keys and values are those of the `whole` where there is one.
+///
+/// Where the states of some tokens alone are read behind it, as many a row of `x`, the last block is run for these, and gives
+/// on theirs: `read [count]` is where they stand among all of `x`, one after the other. All that lies over the model goes
+/// [token by token](Scope::by_token) then.
 pub(crate) fn through<L: Clone + 'static>(
     blocks: &[L],
     mut x: Tensor<3>,
     mask: Option<&Tensor<4>>,
+    read: Option<Tensor<1, Int>>,
     cx: &Scope<'_>,
     forward: impl Fn(&L, Tensor<3>, Option<&Whole<'_>>, Option<Tensor<4>>, &Scope<'_>) -> Tensor<3>
     + Clone
@@ -92,6 +97,7 @@ pub(crate) fn through<L: Clone + 'static>(
     let mut carried = list.carried();
     for (index, block) in blocks.iter().enumerate() {
         let (block, forward, mut mask, mut n) = (block.clone(), forward.clone(), mask.cloned(), 0);
+        let read = read.clone().filter(|_| index + 1 == blocks.len());
         if let Some(Front { parts: [tokens], scores }) = carried.before(index, &x) {
             let ([_, seq, _], device) = (x.dims(), x.device().inner());
             mask = columns_behind(&scores, mask, seq, &device);
@@ -105,11 +111,27 @@ pub(crate) fn through<L: Clone + 'static>(
             let run = |x: Tensor<3>, whole: Option<&Whole<'_>>, mask, cx: &Scope<'_>| {
                 forward(&block, x, whole, mask, cx)
             };
+            if let Some(read) = &read {
+                let own = these(&x, read);
+                return run(own, Some(&Whole { x, cx: at.clone() }), mask, &at);
+            }
             cx.at("layer").routed(index, x, mask, &at, run)
         };
         x = carried.after(cx.run([x], run));
     }
     x
+}
+
+/// The tokens of `x [batch, seq, hidden]` that stand at these places among all of them, `[batch, count / batch, hidden]`.
+fn these(x: &Tensor<3>, places: &Tensor<1, Int>) -> Tensor<3> {
+    let ([batch, seq, width], [count]) = (x.dims(), places.dims());
+    let rows: Tensor<2> = x.clone().reshape([batch * seq, width]);
+    rows.select(0, places.clone()).reshape([batch, count / batch.max(1), width])
+}
+
+/// Where the first token of each of so many rows stands among all tokens, `[batch]`.
+pub(crate) fn first_of_rows([batch, seq]: [usize; 2], device: &Device) -> Tensor<1, Int> {
+    Tensor::arange(0..batch as i64, &device.clone().inner()) * seq as i64
 }
 
 /// What is added to the score of a token or of padding.

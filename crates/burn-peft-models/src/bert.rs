@@ -3,7 +3,7 @@
 #![allow(non_snake_case)]
 
 use crate::activation::Activation;
-use crate::attention::{mix, padding_mask, split_heads, through};
+use crate::attention::{first_of_rows, mix, padding_mask, split_heads, through};
 use crate::load::{Beside, Pretrained, config_of, linear, plausible, table};
 use crate::masked::{Transform, mask_word, one_mask};
 use crate::ragged::Ragged;
@@ -194,7 +194,7 @@ impl BertOutput {
     fn forward(&self, x: Tensor<3>, residual: Tensor<3>, cx: &Scope<'_>) -> Tensor<3> {
         let y = cx.at("dense").linear(&self.dense, x);
         let y = cx.hidden(Hidden::sublayer(&residual, y).before(&self.LayerNorm));
-        cx.at("LayerNorm").layer_norm(&self.LayerNorm, self.epsilon, y + residual)
+        cx.at("LayerNorm").layer_norm_of_sum(&self.LayerNorm, self.epsilon, y, residual)
     }
 }
 
@@ -203,8 +203,8 @@ fn norm(config: &BertConfig, device: &Device) -> LayerNorm {
 }
 
 impl BertLayer {
-    /// `x [batch, seq, hidden]`, or `[1, tokens, hidden]` of a batch without its padding; keys and values are those of the
-    /// `whole` where there is one.
+    /// `x [batch, seq, hidden]`, or `[1, tokens, hidden]` of a batch without its padding. Keys and values are those of the
+    /// `whole` where there is one; without padding, `x` is the first token of each row then.
     fn forward(
         &self,
         x: Tensor<3>,
@@ -221,16 +221,11 @@ impl BertLayer {
         let q = at.at("query").linear(&own.query, x.clone()); // [b, s, h]
         let k = there.at("key").linear(&own.key, all.clone());
         let v = there.at("value").linear(&own.value, all.clone());
-        let rows = |part| match ragged {
-            Some(ragged) => ragged.unpack(part),
-            None => part,
-        };
-        let read = split_heads(q.clone(), own.heads); // as `x` lies
-        let [q, k, v] = [q, k, v].map(|part| split_heads(rows(part), own.heads)); // [b, n, s, d]
-        let mixed = mix(&at, q, [k, v], mask, there.prefix(&all));
+        let [q, k, v] = [q, k, v].map(|part| split_heads(part, own.heads)); // [b, n, s, d]
+        let read = q.clone();
         let mixed = match ragged {
-            Some(ragged) => ragged.pack(mixed),
-            None => mixed,
+            Some(ragged) => ragged.mix(q, k, v, whole.is_some()),
+            None => mix(&at, q, [k, v], mask, there.prefix(&all)),
         };
         let mixed = at.attention(&x, &read, &own.key, &own.value, mixed);
         let h = self.attention.output.forward(mixed, x.clone(), &cx.at("attention.output"));
@@ -297,6 +292,12 @@ impl BertModel {
     /// Hidden states of the last block, `[batch, n + seq, hidden]`, where the first `n` are those of virtual
     /// tokens that a prompt sets in front. What stands at padding has no meaning.
     pub fn forward(&self, tokens: &Tokens, cx: &Scope<'_>) -> Tensor<3> {
+        self.states(tokens, cx, false)
+    }
+
+    /// The same, or where only the first token of each row is `read`, `[batch, 1, hidden]` of these where nothing that lies
+    /// over the model asks for more.
+    fn states(&self, tokens: &Tokens, cx: &Scope<'_>, read: bool) -> Tensor<3> {
         let device = self.device();
         let (parts, at) = (&self.embeddings, cx.at("embeddings"));
         let ids = |values: &[i32]| tokens.tensor(values, &device);
@@ -334,8 +335,15 @@ impl BertModel {
         let layer = move |layer: &BertLayer, x, whole: Option<&Whole<'_>>, mask, cx: &Scope<'_>| {
             layer.forward(x, whole, mask, rows.as_ref(), cx)
         };
-        let y = through(&self.encoder.layer, x, mask, &cx.at("encoder"), layer);
+        let first = match &ragged {
+            _ if !read || !cx.by_token() || self.encoder.layer.is_empty() => None,
+            Some(ragged) => Some(ragged.first_of_rows()),
+            None => Some(first_of_rows([tokens.batch, tokens.seq], &device)),
+        };
+        let read = first.is_some();
+        let y = through(&self.encoder.layer, x, mask, first, &cx.at("encoder"), layer);
         match &ragged {
+            Some(_) if read => y.swap_dims(0, 1),
             Some(ragged) => ragged.unpack(y),
             None => y,
         }
@@ -404,11 +412,10 @@ impl BertForSequenceClassification {
     /// front.
     pub fn forward(&self, tokens: &Tokens, cx: &Scope<'_>) -> Tensor<2> {
         let at = cx.at("bert");
-        let hidden = self.bert.forward(tokens, &at);
         let read = match cx.at(WORDS).masks().first() {
-            None => self.bert.pooled(hidden, &at),
+            None => self.bert.pooled(self.bert.states(tokens, &at, true), &at),
             Some(mask) => {
-                let state = hidden.narrow(1, mask.column, 1); // [b, 1, h]
+                let state = self.bert.forward(tokens, &at).narrow(1, mask.column, 1); // [b, 1, h]
                 let state = match self.transform.as_ref().filter(|_| mask.transform) {
                     Some(transform) => transform.forward(state),
                     None => state,

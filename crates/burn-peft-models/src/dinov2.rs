@@ -233,7 +233,8 @@ impl Dinov2Model {
         let pixels = images.tensor(&self.embeddings.device());
         let cx = &cx.over(self.embeddings.grid(&pixels));
         let x = self.embeddings.forward(pixels, &cx.at("embeddings"));
-        let x = through(&self.encoder.layer, x, None, &cx.at("encoder"), Dinov2Layer::forward);
+        let x =
+            through(&self.encoder.layer, x, None, None, &cx.at("encoder"), Dinov2Layer::forward);
         cx.at("layernorm").layer_norm(&self.layernorm, self.epsilon, x)
     }
 }

@@ -6,6 +6,7 @@
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft_core::Scope;
+use burn_peft_kernels::attention_rows;
 
 /// Where the tokens of a padded batch stand.
 #[derive(Debug, Clone)]
@@ -16,6 +17,8 @@ pub(crate) struct Ragged {
     padded: Tensor<1, Int>,
     /// Which token stands at each place of the padded batch, `[batch · seq]`: at padding, the first of its row.
     tokens: Tensor<1, Int>,
+    /// How many tokens each row has.
+    lengths: Vec<usize>,
 }
 
 impl Ragged {
@@ -34,6 +37,8 @@ impl Ragged {
             return None;
         }
         let (mut padded, mut tokens) = (Vec::new(), Vec::with_capacity(mask.len()));
+        let lengths = mask.chunks(seq).map(|row| row.iter().filter(|kept| **kept != 0).count());
+        let lengths = lengths.collect();
         for (row, mask) in mask.chunks(seq).enumerate() {
             let first = padded.len() as i32;
             for (column, kept) in mask.iter().enumerate() {
@@ -49,7 +54,20 @@ impl Ragged {
             let count = places.len();
             Tensor::from_data(TensorData::new(places, [count]), device)
         });
-        Some(Self { batch, seq, padded, tokens })
+        Some(Self { batch, seq, padded, tokens, lengths })
+    }
+
+    /// Where the first token of each row stands, `[batch]`.
+    pub(crate) fn first_of_rows(&self) -> Tensor<1, Int> {
+        let rows: Tensor<2, Int> = self.tokens.clone().reshape([self.batch, self.seq]);
+        rows.narrow(1, 0, 1).squeeze_dim(1)
+    }
+
+    /// What the tokens of each row mix, `[1, queries, heads · d]`, for all of them or for the first of each row:
+    /// `q [1, heads, queries, d]`, `k`, `v [1, heads, tokens, d]`.
+    pub(crate) fn mix(&self, q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, first: bool) -> Tensor<3> {
+        let queries = |keys: usize| if first { 1 } else { keys };
+        attention_rows(q, k, v, self.lengths.iter().map(|keys| [queries(*keys), *keys]).collect())
     }
 
     /// `[batch, seq, width]` → `[1, tokens, width]`.

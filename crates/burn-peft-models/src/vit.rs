@@ -1,7 +1,7 @@
 //! ViT (arXiv 2010.11929), laid out as the checkpoints of `transformers` are.
 
 use crate::activation::Activation;
-use crate::attention::through;
+use crate::attention::{first_of_rows, through};
 use crate::load::{Pretrained, linear};
 use crate::patches::{Sizes, ViTEmbeddings, ViTSelfAttention};
 use crate::{Classes, Classifier, Images};
@@ -200,10 +200,19 @@ impl ViTModel {
 
     /// Hidden states of the last block after their norm, `[batch, 1 + patches, hidden]`, the class token's first.
     pub fn forward(&self, images: &Images, cx: &Scope<'_>) -> Tensor<3> {
+        self.states(images, cx, false)
+    }
+
+    /// The same, or where only the class token is `read`, `[batch, 1, hidden]` of it where nothing that lies over the model
+    /// asks for more.
+    fn states(&self, images: &Images, cx: &Scope<'_>, read: bool) -> Tensor<3> {
         let pixels = images.tensor(&self.embeddings.device());
         let cx = &cx.over(self.embeddings.grid(&pixels));
         let x = self.embeddings.forward(pixels, &cx.at("embeddings"));
-        let x = through(&self.encoder.layer, x, None, &cx.at("encoder"), ViTLayer::forward);
+        let [batch, seq, _] = x.dims();
+        let first = (read && cx.by_token()).then(|| first_of_rows([batch, seq], &x.device()));
+        let layers = &self.encoder.layer;
+        let x = through(layers, x, None, first, &cx.at("encoder"), ViTLayer::forward);
         cx.at("layernorm").layer_norm(&self.layernorm, self.epsilon, x)
     }
 }
@@ -225,7 +234,7 @@ impl Classifier for ViTForImageClassification {
     }
 
     fn forward(&self, images: &Images, cx: &Scope<'_>) -> Tensor<2> {
-        let states = self.vit.forward(images, &cx.at("vit"));
+        let states = self.vit.states(images, &cx.at("vit"), true);
         let [batch, _, width] = states.dims();
         let class = states.narrow(1, 0, 1).reshape([batch, width]);
         cx.at("classifier").linear(&self.classifier, class)

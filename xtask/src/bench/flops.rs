@@ -3,7 +3,8 @@
 //!
 //! Counted are real tokens, no padding, and of causal attention the pairs that see each other. A backward pass
 //! counts where a gradient must go: to the inputs of a frozen layer if anything trained lies below it, and to
-//! weights that are trained. Everything that goes element by element is free.
+//! weights that are trained. Where the first token of a row is all that is read behind the blocks, the last one has keys and
+//! values of all tokens and the rest of it for that token. Everything that goes element by element is free.
 
 use super::run::Measure;
 use crate::failure::Failure;
@@ -29,7 +30,7 @@ pub(super) struct Shape {
     causal: bool,
     /// `fan_in · fan_out` of what stands behind the blocks, summed.
     head: f64,
-    /// Whether it stands there as a product of weights with as many inputs as this.
+    /// Where a row's first token alone is read there, by a layer "dense" of this width.
     pooler: Option<f64>,
     pub(super) vocab: usize,
 }
@@ -112,12 +113,14 @@ impl Shape {
         let work = self.work(measure, lengths, new_tokens);
         let (lora, r) = (|l: &Linear| targets.iter().any(|name| name == l.name), r as f64);
         let forward = self.forward(&work);
-        // The pooler of BERT is a layer "dense" too.
         let pooler = self.pooler.filter(|_| targets.iter().any(|name| name == "dense"));
-        let factors = |l: &Linear| 2.0 * work.tokens * r * (l.fan_in + l.fan_out);
         let pooled = pooler.map_or(0.0, |h| 2.0 * work.heads * r * 2.0 * h);
-        let adapted = self.linears.iter().filter(|l| lora(l)).map(factors).sum::<f64>();
-        let laid = forward + self.layers as f64 * adapted + pooled;
+        let adapted = |layer| {
+            let factors =
+                |l: &Linear| 2.0 * self.tokens(layer, l, &work) * r * (l.fan_in + l.fan_out);
+            self.linears.iter().filter(|l| lora(l)).map(factors).sum::<f64>()
+        };
+        let laid = forward + (0..self.layers).map(adapted).sum::<f64>() + pooled;
         let lora_step = || laid + self.backward(&work, lora, r) + 2.0 * pooled;
         match measure {
             Measure::Full => 3.0 * forward,
@@ -165,11 +168,28 @@ impl Shape {
         Work { tokens, pairs: lengths.iter().map(pairs).sum(), heads }
     }
 
+    /// Whether of this block the first token of each row is all that is read.
+    fn reads_first(&self, layer: usize) -> bool {
+        self.pooler.is_some() && layer + 1 == self.layers
+    }
+
+    /// Tokens that go through a layer of a block.
+    fn tokens(&self, layer: usize, linear: &Linear, work: &Work) -> f64 {
+        let of_all = linear.stage == 0 && linear.name != "query";
+        if self.reads_first(layer) && !of_all { work.heads } else { work.tokens }
+    }
+
+    fn pairs(&self, layer: usize, work: &Work) -> f64 {
+        if self.reads_first(layer) { work.tokens } else { work.pairs }
+    }
+
     fn forward(&self, work: &Work) -> f64 {
-        let linears: f64 =
-            self.linears.iter().map(|l| 2.0 * work.tokens * l.fan_in * l.fan_out).sum();
-        let attention = 4.0 * work.pairs * self.width; // scores and mixture
-        self.layers as f64 * (linears + attention) + 2.0 * work.heads * self.head
+        let block = |layer| {
+            let product = |l: &Linear| 2.0 * self.tokens(layer, l, work) * l.fan_in * l.fan_out;
+            let linears = self.linears.iter().map(product).sum::<f64>();
+            linears + 4.0 * self.pairs(layer, work) * self.width // scores and mixture
+        };
+        (0..self.layers).map(block).sum::<f64>() + 2.0 * work.heads * self.head
     }
 
     /// To inputs and factors. In the first block nothing trained lies below the first adapted layers.
@@ -181,14 +201,15 @@ impl Shape {
         for layer in 0..self.layers {
             for linear in &self.linears {
                 let Linear { fan_in, fan_out, .. } = linear;
+                let tokens = self.tokens(layer, linear, work);
                 let below = layer > 0 || linear.stage > first;
                 if below {
-                    sum += 2.0 * work.tokens * fan_in * fan_out;
+                    sum += 2.0 * tokens * fan_in * fan_out;
                 }
                 if lora(linear) {
                     // To B, through B, to A, and through A where something lies below.
                     let inputs = if below { 2.0 } else { 1.0 };
-                    sum += 2.0 * work.tokens * r * (2.0 * fan_out + inputs * fan_in);
+                    sum += 2.0 * tokens * r * (2.0 * fan_out + inputs * fan_in);
                 }
             }
             let trained = |name: &[&str]| {
@@ -198,7 +219,7 @@ impl Shape {
                 .map(|names| trained(&names));
             // Of the four products of attention's backward, those that lead to something trained.
             let products = [v, q || k, q, k].into_iter().filter(|needed| *needed).count();
-            sum += 2.0 * products as f64 * work.pairs * self.width;
+            sum += 2.0 * products as f64 * self.pairs(layer, work) * self.width;
         }
         sum
     }
@@ -233,13 +254,15 @@ mod tests {
     fn a_forward_pass_is_its_products() {
         // 5 tokens in rows of 3 and 2; a block: 4 products of 4 by 4, two of 4 by 8; 9 + 4 pairs.
         let block = 2.0 * 5.0 * (4.0 * 16.0 + 2.0 * 32.0) + 4.0 * 13.0 * 4.0;
+        // The last: keys and values of 5 tokens, the rest for 2, which see 3 + 2.
+        let last = 2.0 * 5.0 * 32.0 + 2.0 * 2.0 * (2.0 * 16.0 + 2.0 * 32.0) + 4.0 * 5.0 * 4.0;
         let head = 2.0 * 2.0 * (16.0 + 8.0); // the pooler and two classes, for each row
         let forward = bert().step(Measure::Forward, &[3, 2], &[], 1, 0);
-        assert_eq!(forward, 2.0 * block + head);
+        assert_eq!(forward, block + last + head);
         assert_eq!(bert().step(Measure::Full, &[3, 2], &[], 1, 0), 3.0 * forward);
         // Rank 2 on the queries of both blocks.
         let laid = bert().step(Measure::Forward, &[3, 2], &names(&["query"]), 2, 0);
-        assert_eq!(laid - forward, 2.0 * (2.0 * 5.0 * 2.0 * (4.0 + 4.0)));
+        assert_eq!(laid - forward, 2.0 * (5.0 + 2.0) * 2.0 * (4.0 + 4.0));
     }
 
     #[test]
@@ -249,7 +272,10 @@ mod tests {
         let step = bert().step(Measure::Lora, &[3, 2], &targets, 2, 0);
         let head = 2.0 * 2.0 * (16.0 + 8.0);
         // The second block: all its layers, attention's four products, both factors' four products.
-        let second = 2.0 * 5.0 * 128.0 + 2.0 * 4.0 * 13.0 * 4.0 + 2.0 * 5.0 * 2.0 * (8.0 + 8.0);
+        let second = 2.0 * 5.0 * 32.0
+            + 2.0 * 2.0 * 96.0
+            + 2.0 * 4.0 * 5.0 * 4.0
+            + 2.0 * 5.0 * 2.0 * (8.0 + 8.0);
         // The first: what lies over the values, one product of attention, and no way through A.
         let first = 2.0 * 5.0 * (16.0 + 64.0) + 2.0 * 13.0 * 4.0 + 2.0 * 5.0 * 2.0 * (8.0 + 4.0);
         assert_eq!(step - forward, head + second + first);
@@ -257,7 +283,7 @@ mod tests {
         let all = names(&["dense"]);
         let with = bert().step(Measure::Forward, &[3, 2], &all, 1, 0);
         let plain = bert().step(Measure::Forward, &[3, 2], &[], 1, 0);
-        let factors = 2.0 * (2.0 * 5.0 * (8.0 + 12.0 + 12.0)) + 2.0 * 2.0 * 8.0;
+        let factors = 2.0 * (5.0 + 2.0) * (8.0 + 12.0 + 12.0) + 2.0 * 2.0 * 8.0;
         assert_eq!(with - plain, factors);
     }
 

@@ -11,7 +11,7 @@
 
 use super::math::{dot, exp, largest, sum, vectorized};
 use super::matrix::{Parts, Shape, View, ViewMut, matmul};
-use super::tensors::{Strided, flat, in_order, make};
+use super::tensors::{Strided, flat, in_order, written};
 use super::{Dense, Tracked};
 use burn::backend::Flex;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
@@ -39,41 +39,91 @@ struct Inputs {
     v: Strided,
     mask: Option<Strided>,
     scale: f32,
-    /// Query positions of a block.
-    positions: usize,
-    /// The columns that each block sees, `[batch or 1][blocks]`.
-    seen: Vec<Range<usize>>,
+    rows: Vec<Row>,
+    /// Those of each row's groups, `[rows · groups]`.
+    blocks: Vec<Vec<Block>>,
 }
 
-/// Some query rows of a row of the batch, in all heads of a group.
+/// Where the queries and the keys of a row stand: in a row of the batch, all of it, or some neighbours in the only one.
+#[derive(Debug, Clone)]
+struct Row {
+    batch: usize,
+    queries: Range<usize>,
+    keys: Range<usize>,
+}
+
+/// Some query positions of a row, in all heads of a group, and the columns of its keys that any of them sees.
 struct Block {
-    row: usize,
+    batch: usize,
     group: usize,
     rows: Range<usize>,
     seen: Range<usize>,
 }
 
+/// How many queries and how many keys each row has, where rows lie one after the other.
+pub(super) type Lengths = Vec<[usize; 2]>;
+
 impl Inputs {
-    fn new(q: &Dense, k: &Dense, v: &Dense, mask: Option<&Dense>) -> Self {
+    fn new(q: &Dense, k: &Dense, v: &Dense, around: &Around) -> Self {
         let [q, k, v] = [q, k, v].map(Strided::new);
         let scale = (q.dims[3] as f32).powf(-0.5);
-        let own = q.dims[1] / k.dims[1].max(1);
-        let positions = (ROWS / own.max(1)).clamp(ROWS / 6, ROWS * 2 / 3);
-        let mask = mask.map(Strided::new);
-        let mut inputs = Self { q, k, v, mask, scale, positions, seen: Vec::new() };
-        let (batch, blocks) = (inputs.masks(), inputs.blocks());
-        let seen = (0..batch * blocks).into_par_iter();
-        inputs.seen = seen.map(|at| inputs.sees(at / blocks, &inputs.rows(at % blocks))).collect();
+        let mask = around.mask.as_ref().map(Strided::new);
+        let rows = match &around.lengths {
+            None => {
+                let row = |batch| Row { batch, queries: 0..q.dims[2], keys: 0..k.dims[2] };
+                (0..q.dims[0]).map(row).collect()
+            }
+            Some(lengths) => {
+                let mut end = [0, 0];
+                let row = |own: &[usize; 2]| {
+                    let [queries, keys] = end;
+                    end = [queries + own[0], keys + own[1]];
+                    Row { batch: 0, queries: queries..end[0], keys: keys..end[1] }
+                };
+                lengths.iter().map(row).collect()
+            }
+        };
+        let mut inputs = Self { q, k, v, mask, scale, rows, blocks: Vec::new() };
+        inputs.blocks = inputs.cut();
         inputs
+    }
+
+    fn cut(&self) -> Vec<Vec<Block>> {
+        let own = self.q.dims[1] / self.groups().max(1);
+        let positions = (ROWS / own.max(1)).clamp(ROWS / 6, ROWS * 2 / 3);
+        let parts = |row: &Row| {
+            let Range { start, end } = row.queries;
+            (start..end).step_by(positions).map(move |at| at..(at + positions).min(end))
+        };
+        // One mask for all rows is read once.
+        let masked = &self.rows[..self.masks().min(self.rows.len())];
+        let seen = masked.par_iter().map(|row| {
+            let seen = |rows: Range<usize>| self.sees(row, &rows);
+            parts(row).collect::<Vec<_>>().into_par_iter().map(seen).collect::<Vec<_>>()
+        });
+        let seen: Vec<Vec<Range<usize>>> = seen.collect();
+        let mut blocks = Vec::with_capacity(self.rows.len() * self.groups());
+        for (at, row) in self.rows.iter().enumerate() {
+            let seen = match &self.mask {
+                None => vec![row.keys.clone(); parts(row).count()],
+                Some(_) => seen[if self.masks() == 1 { 0 } else { at }].clone(),
+            };
+            for group in 0..self.groups() {
+                let block = |(rows, seen): (_, &Range<usize>)| Block {
+                    batch: row.batch,
+                    group,
+                    rows,
+                    seen: seen.clone(),
+                };
+                blocks.push(parts(row).zip(&seen).map(block).collect());
+            }
+        }
+        blocks
     }
 
     /// `[batch, heads, seq, d]`
     fn dims(&self) -> [usize; 4] {
         self.q.dims
-    }
-
-    fn total(&self) -> usize {
-        self.k.dims[2]
     }
 
     fn groups(&self) -> usize {
@@ -86,36 +136,20 @@ impl Inputs {
         group * own..(group + 1) * own
     }
 
-    /// Masks that differ: one a row of the batch, or one for all.
+    /// Masks that differ: one a row of the batch, one for all, or none.
     fn masks(&self) -> usize {
-        self.mask.as_ref().map_or(1, |mask| mask.dims[0])
+        self.mask.as_ref().map_or(0, |mask| mask.dims[0])
     }
 
-    fn blocks(&self) -> usize {
-        self.q.dims[2].div_ceil(self.positions)
-    }
-
-    /// Query rows of a block.
-    fn rows(&self, block: usize) -> Range<usize> {
-        let start = block * self.positions;
-        start..(start + self.positions).min(self.q.dims[2])
-    }
-
-    fn block(&self, row: usize, group: usize, block: usize) -> Block {
-        let mask = if self.masks() == 1 { 0 } else { row };
-        let seen = self.seen[mask * self.blocks() + block].clone();
-        Block { row, group, rows: self.rows(block), seen }
-    }
-
-    /// The columns that any of these query rows sees; all, if one of them sees nothing, because its weights
+    /// The columns that any of these query positions sees; all, if one of them sees nothing, because its weights
     /// are those of a softmax over all that is hidden.
-    fn sees(&self, row: usize, rows: &Range<usize>) -> Range<usize> {
-        let total = self.total();
-        let Some(mask) = &self.mask else { return 0..total };
+    fn sees(&self, row: &Row, rows: &Range<usize>) -> Range<usize> {
+        let total = row.keys.end;
+        let Some(mask) = &self.mask else { return row.keys.clone() };
         let (mut start, mut end) = (total, 0);
         let distinct = if mask.dims[2] == 1 { rows.start..rows.start + 1 } else { rows.clone() };
         for i in distinct {
-            let line = mask.row(row, 0, i);
+            let line = mask.row(row.batch, 0, i);
             let Some(first) = line.iter().position(|m| *m > HIDDEN) else { return 0..total };
             start = start.min(first);
             end = end.max(line.iter().rposition(|m| *m > HIDDEN).map_or(0, |last| last + 1));
@@ -125,7 +159,7 @@ impl Inputs {
 
     /// Keys or values of a group at some columns, `[cols, d]`.
     fn part<'a>(of: &'a Strided, block: &Block, cols: &Range<usize>) -> View<'a> {
-        let offset = of.at(block.row, block.group) + cols.start * of.row_stride();
+        let offset = of.at(block.batch, block.group) + cols.start * of.row_stride();
         View::new(of.memory(), offset, Shape::spaced(cols.len(), of.dims[3], of.row_stride()))
     }
 
@@ -138,18 +172,13 @@ impl Inputs {
     /// Copies the queries of a block into `to`, `[lines, d]`.
     fn queries(&self, block: &Block, to: &mut [f32]) {
         for (to, (head, i)) in to.chunks_exact_mut(self.q.dims[3]).zip(self.lines(block)) {
-            to.copy_from_slice(self.q.row(block.row, head, i));
+            to.copy_from_slice(self.q.row(block.batch, head, i));
         }
     }
 
     /// What is added to the scores of a position at some columns.
     fn mask(&self, block: &Block, i: usize, cols: &Range<usize>) -> Option<&[f32]> {
-        self.mask.as_ref().map(|mask| &mask.row(block.row, 0, i)[cols.clone()])
-    }
-
-    /// Lines of the largest block.
-    fn most(&self) -> usize {
-        self.positions.min(self.q.dims[2]) * self.q.dims[1] / self.groups().max(1)
+        self.mask.as_ref().map(|mask| &mask.row(block.batch, 0, i)[cols.clone()])
     }
 }
 
@@ -163,31 +192,39 @@ fn add(to: &mut [f32], mask: Option<&[f32]>) {
 /// `m` and `w` of each row, `[batch, heads, seq, 2]`.
 type Sums = Vec<f32>;
 
+/// What is beside queries, keys and values: a mask, or the lengths of rows.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Around {
+    pub(super) mask: Option<Dense>,
+    pub(super) lengths: Option<Lengths>,
+}
+
 /// The output `[batch, seq, heads·d]`, and what backward needs of `P`.
-pub(super) fn forward(q: &Dense, k: &Dense, v: &Dense, mask: Option<&Dense>) -> (Dense, Sums) {
-    let inputs = Inputs::new(q, k, v, mask);
+pub(super) fn forward(q: &Dense, k: &Dense, v: &Dense, around: &Around) -> (Dense, Sums) {
+    let inputs = Inputs::new(q, k, v, around);
     let [batch, heads, seq, d] = inputs.dims();
-    let (groups, blocks) = (inputs.groups(), inputs.blocks());
     let mut sums = vec![0.0_f32; batch * heads * seq * 2];
-    let out = make([batch, seq, heads * d], |out| {
+    let write = |out: &mut [f32]| {
         let (out, sums) = (Parts::new(out), Parts::new(&mut sums));
-        (0..batch * groups * blocks).into_par_iter().for_each(|task| {
-            let (at, index) = (task / blocks, task % blocks);
-            let block = inputs.block(at / groups, at % groups, index);
-            let seen = block.seen.len();
+        inputs.blocks.par_iter().flatten().for_each(|block| {
+            let (seen, most) = (block.seen.len(), inputs.lines(block).count());
+            // SAFETY: a task has positions and heads of its own.
+            let place = |head: usize, i: usize| unsafe {
+                out.numbers((block.batch * seq + i) * heads * d + head * d, d)
+            };
             if seen == 0 || d == 0 {
-                return; // there are no keys
+                // There are no keys.
+                return inputs.lines(block).for_each(|(head, i)| place(head, i).fill(0.0));
             }
-            let most = inputs.lines(&block).count();
             let mut q = vec![0.0_f32; most * d];
-            inputs.queries(&block, &mut q);
+            inputs.queries(block, &mut q);
             let (mut scores, mut weights) = (vec![0.0_f32; most * seen], Vec::with_capacity(most));
             let (by_seen, by_d) = (Shape::rows(most, seen), Shape::rows(most, d));
-            let [k, v] = [&inputs.k, &inputs.v].map(|of| Inputs::part(of, &block, &block.seen));
+            let [k, v] = [&inputs.k, &inputs.v].map(|of| Inputs::part(of, block, &block.seen));
             let mut to = ViewMut::new(&mut scores, by_seen);
             matmul(&mut to, false, inputs.scale, View::new(&q, 0, by_d), k.transposed());
-            for (scores, (head, i)) in scores.chunks_exact_mut(seen).zip(inputs.lines(&block)) {
-                let mask = inputs.mask(&block, i, &block.seen);
+            for (scores, (head, i)) in scores.chunks_exact_mut(seen).zip(inputs.lines(block)) {
+                let mask = inputs.mask(block, i, &block.seen);
                 let both = vectorized(
                     #[inline(always)]
                     || {
@@ -195,8 +232,8 @@ pub(super) fn forward(q: &Dense, k: &Dense, v: &Dense, mask: Option<&Dense>) -> 
                         soften(scores)
                     },
                 );
-                // SAFETY: a task has positions and heads of its own.
-                let sums = unsafe { sums.numbers(((block.row * heads + head) * seq + i) * 2, 2) };
+                // SAFETY: as above.
+                let sums = unsafe { sums.numbers(((block.batch * heads + head) * seq + i) * 2, 2) };
                 sums.copy_from_slice(&both);
                 weights.push(both[1]);
             }
@@ -204,14 +241,13 @@ pub(super) fn forward(q: &Dense, k: &Dense, v: &Dense, mask: Option<&Dense>) -> 
             let p = View::new(&scores, 0, by_seen);
             matmul(&mut ViewMut::new(&mut q, by_d), false, 1.0, p, v);
             let mixed = q.chunks_exact(d).zip(weights);
-            for ((mixed, weight), (head, i)) in mixed.zip(inputs.lines(&block)) {
-                // SAFETY: as above.
-                let to = unsafe { out.numbers((block.row * seq + i) * heads * d + head * d, d) };
-                to.iter_mut().zip(mixed).for_each(|(out, mixed)| *out = mixed * weight);
+            for ((mixed, weight), (head, i)) in mixed.zip(inputs.lines(block)) {
+                place(head, i).iter_mut().zip(mixed).for_each(|(out, mixed)| *out = mixed * weight);
             }
         });
-    });
-    (out, sums)
+    };
+    // SAFETY: rows, groups and blocks are all positions in all heads.
+    (unsafe { written([batch, seq, heads * d], write) }, sums)
 }
 
 /// Turns scores into `exp(score − m)`; returns `m` and `w`.
@@ -228,59 +264,71 @@ struct State {
     q: Dense,
     k: Dense,
     v: Dense,
-    mask: Option<Dense>,
+    around: Around,
     out: Dense,
     sums: Sums,
 }
 
 /// Gradients of queries, keys and values, each laid out as `[batch, seq, heads, d]` in memory.
 fn gradients(g: &Dense, state: &State) -> [Dense; 3] {
-    let inputs = Inputs::new(&state.q, &state.k, &state.v, state.mask.as_ref());
+    let inputs = Inputs::new(&state.q, &state.k, &state.v, &state.around);
     let [batch, heads, seq, d] = inputs.dims();
-    let (groups, blocks, total) = (inputs.groups(), inputs.blocks(), inputs.total());
+    let (groups, total) = (inputs.groups(), inputs.k.dims[2]);
     let (g, out) = (in_order(g), in_order(&state.out));
-    let mut dq = make([batch, seq, heads, d], |_| ());
     // Blocks of a group are shared out among tasks where groups are few. Each adds up keys' and values' gradients of its own.
     let wanted = TASKS * rayon::current_num_threads();
-    let shares = wanted.div_ceil((batch * groups).max(1)).clamp(1, blocks.max(1));
-    let added: Vec<[Vec<f32>; 2]> = {
-        let dq = Parts::new(dq.storage_mut::<f32>());
-        let taken = (0..batch * groups * shares).into_par_iter().map(|task| {
+    let blocks = inputs.blocks.iter().map(Vec::len).max().unwrap_or(0);
+    let shares = wanted.div_ceil(inputs.blocks.len().max(1)).clamp(1, blocks.max(1));
+    let mut added: Vec<[Vec<f32>; 2]> = Vec::new();
+    let write = |dq: &mut [f32]| {
+        let dq = Parts::new(dq);
+        let taken = (0..inputs.blocks.len() * shares).into_par_iter().map(|task| {
             let (at, share) = (task / shares, task % shares);
-            let mut sums = [0, 1].map(|_| vec![0.0_f32; total * d]);
-            let mut room = Room::new(&inputs);
-            for index in (share..blocks).step_by(shares) {
-                let block = inputs.block(at / groups, at % groups, index);
-                if !block.seen.is_empty() && d > 0 {
-                    room.take(&inputs, &block, [flat(&g), flat(&out)], &state.sums, &mut sums);
-                    for (from, (head, i)) in room.dq.chunks_exact(d).zip(inputs.lines(&block)) {
-                        let offset = (block.row * seq + i) * heads * d + head * d;
-                        // SAFETY: a task has positions and heads of its own.
-                        unsafe { dq.numbers(offset, d) }.copy_from_slice(from);
-                    }
+            let row = &inputs.rows[at / groups];
+            let mut sums = [0, 1].map(|_| vec![0.0_f32; row.keys.len() * d]);
+            let mut room = Room::default();
+            for block in inputs.blocks[at].iter().skip(share).step_by(shares) {
+                let keys = row.keys.start;
+                room.take(&inputs, block, keys, [flat(&g), flat(&out)], &state.sums, &mut sums);
+                for (line, (head, i)) in inputs.lines(block).enumerate() {
+                    let offset = (block.batch * seq + i) * heads * d + head * d;
+                    let from = &room.dq[line * d..(line + 1) * d];
+                    // SAFETY: a task has positions and heads of its own.
+                    unsafe { dq.numbers(offset, d) }.copy_from_slice(from);
                 }
             }
             sums
         });
-        taken.collect()
+        taken.collect_into_vec(&mut added);
     };
+    // SAFETY: rows, groups and blocks are all positions in all heads.
+    let dq = unsafe { written([batch, seq, heads, d], write) };
+    let place = |(at, row): (usize, &Row)| (0..row.keys.len()).map(move |i| (at, i));
+    let places: Vec<_> = inputs.rows.iter().enumerate().flat_map(place).collect();
     let [dk, dv] = [0, 1].map(|which| {
-        make([batch, total, groups, d], |to| {
-            to.par_chunks_mut((groups * d).max(1)).enumerate().for_each(|(place, to)| {
-                let (row, i) = (place / total, place % total);
-                for (group, to) in to.chunks_exact_mut(d).enumerate() {
-                    for parts in &added[(row * groups + group) * shares..][..shares] {
-                        let part = &parts[which][i * d..(i + 1) * d];
+        let write = |to: &mut [f32]| {
+            let lines = to.par_chunks_mut((groups * d).max(1)).zip(&places);
+            lines.for_each(|(to, (row, i))| {
+                for (group, to) in to.chunks_exact_mut(d.max(1)).enumerate() {
+                    let own = &added[(row * groups + group) * shares..][..shares];
+                    let [first, rest @ ..] = own else { return };
+                    let line = i * d..(i + 1) * d;
+                    to.copy_from_slice(&first[which][line.clone()]);
+                    for parts in rest {
+                        let part = &parts[which][line.clone()];
                         to.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
                     }
                 }
             });
-        })
+        };
+        // SAFETY: rows have all keys, and at least one share of each.
+        unsafe { written([batch, total, groups, d], write) }
     });
     [dq, dk, dv].map(|d| d.transpose(1, 2))
 }
 
 /// What backward works in.
+#[derive(Default)]
 struct Room {
     q: Vec<f32>,
     g: Vec<f32>,
@@ -292,18 +340,12 @@ struct Room {
 }
 
 impl Room {
-    fn new(inputs: &Inputs) -> Self {
-        let (most, d, cols) = (inputs.most(), inputs.q.dims[3], inputs.total().min(COLS));
-        let [q, g, dq] = [0; 3].map(|_| vec![0.0_f32; most * d]);
-        let [p, ds] = [0; 2].map(|_| vec![0.0_f32; most * cols]);
-        Self { q, g, dq, p, ds, of: vec![[0.0; 3]; most] }
-    }
-
-    /// A block's `dQ`, which is left in `dq`; its `dK` and `dV` are added to `sums`.
+    /// A block's `dQ`, which is left in `dq`; its `dK` and `dV` are added to `sums`, which begin at key `start`.
     fn take(
         &mut self,
         inputs: &Inputs,
         block: &Block,
+        start: usize,
         [g, out]: [&[f32]; 2],
         sums: &Sums,
         [dk, dv]: &mut [Vec<f32>; 2],
@@ -312,15 +354,21 @@ impl Room {
         let lines = inputs.lines(block).count();
         let by_d = Shape::rows(lines, d);
         for room in [&mut self.q, &mut self.g, &mut self.dq] {
-            room.truncate(lines * d);
             room.resize(lines * d, 0.0);
         }
+        if block.seen.is_empty() || d == 0 {
+            return self.dq.fill(0.0);
+        }
+        for room in [&mut self.p, &mut self.ds] {
+            room.resize(lines * block.seen.len().min(COLS), 0.0);
+        }
+        self.of.resize(lines, [0.0; 3]);
         inputs.queries(block, &mut self.q);
         let to = self.g.chunks_exact_mut(d).zip(&mut self.of);
         for ((to, of), (head, i)) in to.zip(inputs.lines(block)) {
-            let at = (block.row * seq + i) * heads * d + head * d;
+            let at = (block.batch * seq + i) * heads * d + head * d;
             to.copy_from_slice(&g[at..at + d]);
-            let sums = &sums[((block.row * heads + head) * seq + i) * 2..][..2];
+            let sums = &sums[((block.batch * heads + head) * seq + i) * 2..][..2];
             *of = [sums[0], sums[1], dot(to, &out[at..at + d])];
         }
         for first in block.seen.clone().step_by(COLS) {
@@ -344,7 +392,7 @@ impl Room {
                 );
             }
             let (p, ds) = (View::new(p, 0, shape), View::new(ds, 0, shape));
-            let keys = cols.start * d..cols.end * d;
+            let keys = (cols.start - start) * d..(cols.end - start) * d;
             let by_cols = Shape::rows(cols.len(), d);
             let mut dv = ViewMut::new(&mut dv[keys.clone()], by_cols);
             matmul(&mut dv, true, 1.0, p.transposed(), g);
@@ -375,14 +423,14 @@ pub(super) fn tracked<C: CheckpointStrategy>(
     q: Tracked,
     k: Tracked,
     v: Tracked,
-    mask: Option<Dense>,
+    around: Around,
 ) -> Tracked {
-    let (y, sums) = forward(q.primitive(), k.primitive(), v.primitive(), mask.as_ref());
+    let (y, sums) = forward(q.primitive(), k.primitive(), v.primitive(), &around);
     let nodes = [q.node(), k.node(), v.node()];
     match Step.prepare::<C>(nodes).compute_bound().stateful() {
         OpsKind::Tracked(prep) => {
             let [q, k, v] = [q, k, v].map(Tracked::into_primitive);
-            prep.finish(State { q, k, v, mask, out: y.clone(), sums }, y)
+            prep.finish(State { q, k, v, around, out: y.clone(), sums }, y)
         }
         OpsKind::UnTracked(prep) => prep.finish(y),
     }

@@ -14,6 +14,7 @@ mod product;
 mod rotary;
 mod tensors;
 
+use attention::{Around, Lengths};
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
@@ -68,6 +69,15 @@ pub(crate) trait Kernels: Backend {
         epsilon: f64,
     ) -> FloatTensor<Self>;
 
+    /// The same of `x + residual`
+    fn fused_layer_norm_of_sum(
+        x: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        beta: FloatTensor<Self>,
+        epsilon: f64,
+    ) -> FloatTensor<Self>;
+
     /// `x/√(mean(x²) + ε)·γ`
     fn fused_rms_norm(
         x: FloatTensor<Self>,
@@ -102,6 +112,14 @@ pub(crate) trait Kernels: Backend {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         mask: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
+
+    /// The same of rows one after the other, `[queries, keys]` of each.
+    fn fused_attention_rows(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        lengths: Vec<[usize; 2]>,
     ) -> FloatTensor<Self>;
 }
 
@@ -141,6 +159,16 @@ impl Kernels for Flex {
         norm::forward(&x, &gamma, Some(&beta), epsilon).0
     }
 
+    fn fused_layer_norm_of_sum(
+        x: Dense,
+        residual: Dense,
+        gamma: Dense,
+        beta: Dense,
+        epsilon: f64,
+    ) -> Dense {
+        norm::layer_norm_of_sum(&x, &residual, &gamma, &beta, epsilon)
+    }
+
     fn fused_rms_norm(x: Dense, gamma: Dense, epsilon: f64) -> Dense {
         norm::forward(&x, &gamma, None, epsilon).0
     }
@@ -154,11 +182,15 @@ impl Kernels for Flex {
     }
 
     fn fused_attention(q: Dense, k: Dense, v: Dense) -> Dense {
-        attention::forward(&q, &k, &v, None).0
+        attention::forward(&q, &k, &v, &Around::default()).0
     }
 
     fn fused_attention_masked(q: Dense, k: Dense, v: Dense, mask: Dense) -> Dense {
-        attention::forward(&q, &k, &v, Some(&mask)).0
+        attention::forward(&q, &k, &v, &Around { mask: Some(mask), lengths: None }).0
+    }
+
+    fn fused_attention_rows(q: Dense, k: Dense, v: Dense, lengths: Lengths) -> Dense {
+        attention::forward(&q, &k, &v, &Around { mask: None, lengths: Some(lengths) }).0
     }
 }
 
@@ -201,6 +233,16 @@ impl<C: CheckpointStrategy> Kernels for Autodiff<Flex, C> {
         norm::layer_norm::<C>(x, gamma, beta, epsilon)
     }
 
+    fn fused_layer_norm_of_sum(
+        x: Tracked,
+        residual: Tracked,
+        gamma: Tracked,
+        beta: Tracked,
+        epsilon: f64,
+    ) -> Tracked {
+        norm::tracked_layer_norm_of_sum::<C>([x, residual, gamma, beta], epsilon)
+    }
+
     fn fused_rms_norm(x: Tracked, gamma: Tracked, epsilon: f64) -> Tracked {
         norm::rms_norm::<C>(x, gamma, epsilon)
     }
@@ -214,11 +256,16 @@ impl<C: CheckpointStrategy> Kernels for Autodiff<Flex, C> {
     }
 
     fn fused_attention(q: Tracked, k: Tracked, v: Tracked) -> Tracked {
-        attention::tracked::<C>(q, k, v, None)
+        attention::tracked::<C>(q, k, v, Around::default())
     }
 
     fn fused_attention_masked(q: Tracked, k: Tracked, v: Tracked, mask: Tracked) -> Tracked {
-        attention::tracked::<C>(q, k, v, Some(mask.into_primitive()))
+        let mask = Some(mask.into_primitive());
+        attention::tracked::<C>(q, k, v, Around { mask, lengths: None })
+    }
+
+    fn fused_attention_rows(q: Tracked, k: Tracked, v: Tracked, lengths: Lengths) -> Tracked {
+        attention::tracked::<C>(q, k, v, Around { mask: None, lengths: Some(lengths) })
     }
 }
 
@@ -243,6 +290,17 @@ pub(crate) fn cross_entropy(x: Tensor<2>, w: Tensor<2>, targets: Vec<i32>) -> Te
     Tensor::from_dispatch(<Dispatch as Kernels>::fused_cross_entropy(x, w, targets))
 }
 
+/// `[1, tokens, heads·d]`
+pub(crate) fn attention_rows(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    lengths: Lengths,
+) -> Tensor<3> {
+    let [q, k, v] = [q, k, v].map(Tensor::into_dispatch);
+    Tensor::from_dispatch(<Dispatch as Kernels>::fused_attention_rows(q, k, v, lengths))
+}
+
 wrap!(linear = fused_linear(x [D], w [2]) -> [D]);
 wrap!(linear_biased = fused_linear_biased(x [D], w [2], b [1]) -> [D]);
 wrap!(low_rank = fused_low_rank(x [D], w [2], a [2], b [2]; scale) -> [D]);
@@ -250,6 +308,7 @@ wrap!(low_rank_biased = fused_low_rank_biased(x [D], w [2], bias [1], a [2], b [
 wrap!(gelu = fused_gelu(x [D]) -> [D]);
 wrap!(silu_mul = fused_silu_mul(gate [D], up [D]) -> [D]);
 wrap!(layer_norm = fused_layer_norm(x [D], gamma [1], beta [1]; epsilon) -> [D]);
+wrap!(layer_norm_of_sum = fused_layer_norm_of_sum(x [D], residual [D], gamma [1], beta [1]; epsilon) -> [D]);
 wrap!(rms_norm = fused_rms_norm(x [D], gamma [1]; epsilon) -> [D]);
 wrap!(ranked rotate = fused_rotate(x [4], cos [4], sin [4]) -> [4]);
 wrap!(ranked attention = fused_attention(q [4], k [4], v [4]) -> [3]);

@@ -1,16 +1,20 @@
-//! What goes token by token gives the same without a batch's padding.
+//! What goes token by token gives the same without a batch's padding, and in a last block that is run for those tokens
+//! alone whose states are read.
 
 use crate::hf::{base, device, fixtures, tokens};
 use crate::probe::{Drawn, close, values};
+use crate::vision::images;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 use burn_peft::core::{Laid, Overlay, Scope, Sites, Targets, adapt, merge};
-use burn_peft::models::{BertForSequenceClassification, Pretrained};
+use burn_peft::models::{
+    BertForSequenceClassification, Classifier, Pretrained, Tokens, ViTForImageClassification,
+};
 use burn_peft::registry::load_any;
 use burn_peft::reparam::Lora;
 
-/// Adapters over a batch with its padding.
+/// Adapters over a batch with its padding, and over all tokens of the last block.
 struct Padded<'a>(&'a dyn Overlay);
 
 impl Overlay for Padded<'_> {
@@ -93,5 +97,28 @@ fn rows_that_begin_with_padding_stay() {
     batch.mask[0] = 0;
     batch.mask[batch.seq..2 * batch.seq].fill(0);
     let logits = |cx: &Scope<'_>| values(model.forward(&batch, cx));
-    assert_eq!(logits(&Scope::plain()), logits(&Scope::new(&Padded(&()))));
+    close(&logits(&Scope::plain()), &logits(&Scope::new(&Padded(&()))), "padding in front");
+}
+
+/// Where nothing is padding, and of images: the last block is run for what is read alone.
+#[test]
+fn a_last_block_for_what_is_read() {
+    let model: BertForSequenceClassification = base("bert");
+    let batch = Tokens { mask: vec![1; tokens("bert", true).mask.len()], ..tokens("bert", true) };
+    reads_the_first(&model, &batch, Lora::new(3, 6.0, Targets::list(["query", "value", "dense"])));
+    let model: ViTForImageClassification = base("vit");
+    reads_the_first(&model, &images("vit"), Lora::new(3, 6.0, Targets::list(["key", "dense"])));
+}
+
+fn reads_the_first<M: Classifier>(model: &M, batch: &M::Input, lora: Lora) {
+    let sites = Sites::of(model, Some(M::OUTPUT));
+    let fresh = adapt(&sites, &lora, 0, &device()).expect("fits");
+    let adapters = fresh.map(&mut Drawn::new(7, 0.8));
+    let logits = |cx: &Scope<'_>| values(model.forward(batch, cx));
+    let [some, all] =
+        [&adapters as &dyn Overlay, &Padded(&adapters)].map(|o| logits(&Scope::new(o)));
+    close(&some, &all, M::MODEL_TYPE);
+    let plain = logits(&Scope::plain());
+    close(&plain, &logits(&Scope::new(&Padded(&()))), M::MODEL_TYPE);
+    assert!(plain.iter().zip(&some).any(|(a, b)| (a - b).abs() > 1e-3), "does nothing");
 }
