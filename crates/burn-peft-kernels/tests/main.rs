@@ -158,6 +158,18 @@ proptest! {
             composed::layer_norm(x.clone(), gamma.clone(), Some(beta.clone()), e));
         same!(t, [x, gamma], kernels::rms_norm(x.clone(), gamma.clone(), e),
             composed::rms_norm(x.clone(), gamma.clone(), e));
+        // Behind a residual, which may be read by others and lie transposed.
+        let residual = random([batch, width, seq], 4);
+        let rows = || residual.clone().swap_dims(1, 2);
+        same!(t, [x, residual, gamma, beta],
+            kernels::layer_norm_of_sum(x.clone(), rows(), gamma.clone(), Some(beta.clone()), e) + rows(),
+            composed::layer_norm(x.clone() + rows(), gamma.clone(), Some(beta.clone()), e) + rows());
+        // One for all rows is added as everywhere.
+        let one = random([1, 1, width], 5);
+        same!(t, [x, one], kernels::layer_norm_of_sum(x.clone(), one.clone(), gamma.clone(), None, e),
+            composed::layer_norm(x.clone() + one.clone(), gamma.clone(), None, e));
+        same!(t, [x, one], kernels::layer_norm_of_sum(x.clone(), one.clone(), gamma.clone(), Some(beta.clone()), e),
+            composed::layer_norm(x.clone() + one.clone(), gamma.clone(), Some(beta.clone()), e));
     }
 
     #[test]
@@ -225,6 +237,40 @@ proptest! {
             kernels::attention(heads(&q), heads(&k), heads(&v), mask.clone()),
             composed::attention(heads(&q), heads(&k), heads(&v), mask.clone()));
     }
+
+    #[test]
+    fn attention_of_rows(
+        keys in prop::collection::vec(1_usize..60, 1..5), groups in 1_usize..3, share in 1_usize..4, d in 1_usize..24,
+        first in any::<bool>(),
+    ) {
+        let total = keys.iter().sum::<usize>();
+        let lengths: Vec<[usize; 2]> = keys.iter().map(|n| [if first { 1 } else { *n }, *n]).collect();
+        let queries = lengths.iter().map(|row| row[0]).sum::<usize>();
+        let q = random([1, queries, groups * share, d], 1);
+        let (k, v) = (random([1, total, groups, d], 2), random([1, total, groups, d], 3));
+        let heads = |t: &Tensor<4>| t.clone().swap_dims(1, 2);
+        same!(8.0 * tolerance(total.max(d)), [q, k, v],
+            kernels::attention_rows(heads(&q), heads(&k), heads(&v), lengths.clone()),
+            composed::attention_rows(heads(&q), heads(&k), heads(&v), &lengths));
+    }
+}
+
+/// Rows one after the other are the rows of a batch, and a row may be empty.
+#[test]
+fn rows_are_those_of_a_batch() {
+    let part = |seed| random([3, 7, 2, 8], seed).inner();
+    let (q, k, v) = (part(1), part(2), part(3));
+    let heads = |t: &Tensor<4>| t.clone().swap_dims(1, 2);
+    let batch = values(kernels::attention(heads(&q), heads(&k), heads(&v), None));
+    let [q, k, v] = [q, k, v].map(|t| t.reshape([1, 21, 2, 8]));
+    let rows = |lengths: &[[usize; 2]]| {
+        values(kernels::attention_rows(heads(&q), heads(&k), heads(&v), lengths.to_vec()))
+    };
+    assert_eq!(rows(&[[7, 7]; 3]), batch);
+    assert_eq!(rows(&[[7, 7], [0, 0], [7, 7], [7, 7]]), batch);
+    let lost = std::panic::catch_unwind(|| rows(&[[7, 7]; 2])).expect_err("misses a row");
+    let said = lost.downcast_ref::<String>().expect("says what is wrong");
+    assert!(said.contains("rows of attention"), "{said}");
 }
 
 /// A row that sees nothing has the mean of all that is hidden, as in the composition, whatever the rows

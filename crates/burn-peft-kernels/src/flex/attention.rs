@@ -26,6 +26,9 @@ use std::ops::Range;
 const ROWS: usize = 192;
 const COLS: usize = 256;
 
+/// Numbers that rows of scores are filled up to: the widest vector, so that none is left to go one by one.
+const LANES: usize = 16;
+
 /// Tasks a core, so that none waits long for the last.
 const TASKS: usize = 4;
 
@@ -171,8 +174,12 @@ impl Inputs {
 
     /// Copies the queries of a block into `to`, `[lines, d]`.
     fn queries(&self, block: &Block, to: &mut [f32]) {
-        for (to, (head, i)) in to.chunks_exact_mut(self.q.dims[3]).zip(self.lines(block)) {
-            to.copy_from_slice(self.q.row(block.batch, head, i));
+        let mut to = to.chunks_exact_mut(self.q.dims[3]);
+        for head in self.heads(block.group) {
+            let from = self.q.rows(block.batch, head);
+            for (i, to) in block.rows.clone().zip(to.by_ref()) {
+                to.copy_from_slice(from.row(i));
+            }
         }
     }
 
@@ -206,44 +213,14 @@ pub(super) fn forward(q: &Dense, k: &Dense, v: &Dense, around: &Around) -> (Dens
     let mut sums = vec![0.0_f32; batch * heads * seq * 2];
     let write = |out: &mut [f32]| {
         let (out, sums) = (Parts::new(out), Parts::new(&mut sums));
-        inputs.blocks.par_iter().flatten().for_each(|block| {
-            let (seen, most) = (block.seen.len(), inputs.lines(block).count());
+        let blocks: Vec<&Block> = inputs.blocks.iter().flatten().collect();
+        blocks.par_iter().for_each_init(Room::default, |room, block| {
             // SAFETY: a task has positions and heads of its own.
             let place = |head: usize, i: usize| unsafe {
-                out.numbers((block.batch * seq + i) * heads * d + head * d, d)
+                let out = out.numbers((block.batch * seq + i) * heads * d + head * d, d);
+                (out, sums.numbers(((block.batch * heads + head) * seq + i) * 2, 2))
             };
-            if seen == 0 || d == 0 {
-                // There are no keys.
-                return inputs.lines(block).for_each(|(head, i)| place(head, i).fill(0.0));
-            }
-            let mut q = vec![0.0_f32; most * d];
-            inputs.queries(block, &mut q);
-            let (mut scores, mut weights) = (vec![0.0_f32; most * seen], Vec::with_capacity(most));
-            let (by_seen, by_d) = (Shape::rows(most, seen), Shape::rows(most, d));
-            let [k, v] = [&inputs.k, &inputs.v].map(|of| Inputs::part(of, block, &block.seen));
-            let mut to = ViewMut::new(&mut scores, by_seen);
-            matmul(&mut to, false, inputs.scale, View::new(&q, 0, by_d), k.transposed());
-            for (scores, (head, i)) in scores.chunks_exact_mut(seen).zip(inputs.lines(block)) {
-                let mask = inputs.mask(block, i, &block.seen);
-                let both = vectorized(
-                    #[inline(always)]
-                    || {
-                        add(scores, mask);
-                        soften(scores)
-                    },
-                );
-                // SAFETY: as above.
-                let sums = unsafe { sums.numbers(((block.batch * heads + head) * seq + i) * 2, 2) };
-                sums.copy_from_slice(&both);
-                weights.push(both[1]);
-            }
-            // What the queries needed holds the outputs now.
-            let p = View::new(&scores, 0, by_seen);
-            matmul(&mut ViewMut::new(&mut q, by_d), false, 1.0, p, v);
-            let mixed = q.chunks_exact(d).zip(weights);
-            for ((mixed, weight), (head, i)) in mixed.zip(inputs.lines(block)) {
-                place(head, i).iter_mut().zip(mixed).for_each(|(out, mixed)| *out = mixed * weight);
-            }
+            room.mix(&inputs, block, place);
         });
     };
     // SAFETY: rows, groups and blocks are all positions in all heads.
@@ -282,11 +259,11 @@ fn gradients(g: &Dense, state: &State) -> [Dense; 3] {
     let mut added: Vec<[Vec<f32>; 2]> = Vec::new();
     let write = |dq: &mut [f32]| {
         let dq = Parts::new(dq);
-        let taken = (0..inputs.blocks.len() * shares).into_par_iter().map(|task| {
+        let tasks = (0..inputs.blocks.len() * shares).into_par_iter();
+        let taken = tasks.map_init(Room::default, |room, task| {
             let (at, share) = (task / shares, task % shares);
             let row = &inputs.rows[at / groups];
             let mut sums = [0, 1].map(|_| vec![0.0_f32; row.keys.len() * d]);
-            let mut room = Room::default();
             for block in inputs.blocks[at].iter().skip(share).step_by(shares) {
                 let keys = row.keys.start;
                 room.take(&inputs, block, keys, [flat(&g), flat(&out)], &state.sums, &mut sums);
@@ -327,7 +304,7 @@ fn gradients(g: &Dense, state: &State) -> [Dense; 3] {
     [dq, dk, dv].map(|d| d.transpose(1, 2))
 }
 
-/// What backward works in.
+/// What a task works in, with numbers of the task before.
 #[derive(Default)]
 struct Room {
     q: Vec<f32>,
@@ -340,6 +317,46 @@ struct Room {
 }
 
 impl Room {
+    /// A block's output and sums; `place(head, position)` is where they go.
+    fn mix<'a>(
+        &mut self,
+        inputs: &Inputs,
+        block: &Block,
+        place: impl Fn(usize, usize) -> (&'a mut [f32], &'a mut [f32]),
+    ) {
+        let (seen, lines, d) = (block.seen.len(), inputs.lines(block).count(), inputs.dims()[3]);
+        if seen == 0 || d == 0 {
+            // There are no keys.
+            return inputs.lines(block).for_each(|(head, i)| place(head, i).0.fill(0.0));
+        }
+        let filled = seen.next_multiple_of(LANES);
+        self.q.resize(lines * d, 0.0);
+        self.p.resize(lines * filled, 0.0);
+        inputs.queries(block, &mut self.q);
+        let (by_seen, by_d) = (Shape::spaced(lines, seen, filled), Shape::rows(lines, d));
+        let [k, v] = [&inputs.k, &inputs.v].map(|of| Inputs::part(of, block, &block.seen));
+        let mut scores = ViewMut::new(&mut self.p, by_seen);
+        matmul(&mut scores, false, inputs.scale, View::new(&self.q, 0, by_d), k.transposed());
+        vectorized(
+            #[inline(always)]
+            || {
+                for (scores, (head, i)) in self.p.chunks_exact_mut(filled).zip(inputs.lines(block))
+                {
+                    add(scores, inputs.mask(block, i, &block.seen));
+                    scores[seen..].fill(f32::NEG_INFINITY);
+                    place(head, i).1.copy_from_slice(&soften(scores));
+                }
+            },
+        );
+        // What the queries needed holds the outputs now.
+        let p = View::new(&self.p, 0, by_seen);
+        matmul(&mut ViewMut::new(&mut self.q, by_d), false, 1.0, p, v);
+        for (mixed, (head, i)) in self.q.chunks_exact(d).zip(inputs.lines(block)) {
+            let (out, sums) = place(head, i);
+            out.iter_mut().zip(mixed).for_each(|(out, mixed)| *out = mixed * sums[1]);
+        }
+    }
+
     /// A block's `dQ`, which is left in `dq`; its `dK` and `dV` are added to `sums`, which begin at key `start`.
     fn take(
         &mut self,
@@ -360,7 +377,7 @@ impl Room {
             return self.dq.fill(0.0);
         }
         for room in [&mut self.p, &mut self.ds] {
-            room.resize(lines * block.seen.len().min(COLS), 0.0);
+            room.resize(lines * block.seen.len().min(COLS).next_multiple_of(LANES), 0.0);
         }
         self.of.resize(lines, [0.0; 3]);
         inputs.queries(block, &mut self.q);
@@ -373,24 +390,25 @@ impl Room {
         }
         for first in block.seen.clone().step_by(COLS) {
             let cols = first..(first + COLS).min(block.seen.end);
-            let shape = Shape::rows(lines, cols.len());
+            let filled = cols.len().next_multiple_of(LANES);
+            let shape = Shape::spaced(lines, cols.len(), filled);
             let [k, v] = [&inputs.k, &inputs.v].map(|of| Inputs::part(of, block, &cols));
             let (q, g) = (View::new(&self.q, 0, by_d), View::new(&self.g, 0, by_d));
-            let (p, ds) = (&mut self.p[..lines * cols.len()], &mut self.ds[..lines * cols.len()]);
+            let (p, ds) = (&mut self.p, &mut self.ds);
             matmul(&mut ViewMut::new(p, shape), false, inputs.scale, q, k.transposed());
             matmul(&mut ViewMut::new(ds, shape), false, 1.0, g, v.transposed());
-            let both = p.chunks_exact_mut(cols.len()).zip(ds.chunks_exact_mut(cols.len()));
-            for (((p, ds), of), (_, i)) in both.zip(&self.of).zip(inputs.lines(block)) {
-                let ([top, weight, mean], mask) = (*of, inputs.mask(block, i, &cols));
-                vectorized(
-                    #[inline(always)]
-                    || {
-                        add(p, mask);
+            vectorized(
+                #[inline(always)]
+                || {
+                    let both = p.chunks_exact_mut(filled).zip(ds.chunks_exact_mut(filled));
+                    for (((p, ds), of), (_, i)) in both.zip(&self.of).zip(inputs.lines(block)) {
+                        let [top, weight, mean] = *of;
+                        add(p, inputs.mask(block, i, &cols));
                         p.iter_mut().for_each(|score| *score = exp(*score - top) * weight);
                         ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = *p * (*ds - mean));
-                    },
-                );
-            }
+                    }
+                },
+            );
             let (p, ds) = (View::new(p, 0, shape), View::new(ds, 0, shape));
             let keys = (cols.start - start) * d..(cols.end - start) * d;
             let by_cols = Shape::rows(cols.len(), d);

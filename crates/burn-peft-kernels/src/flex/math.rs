@@ -182,7 +182,15 @@ pub(super) fn largest(a: &[f32]) -> f32 {
     for (best, x) in best.iter_mut().zip(rest) {
         *best = if *x > *best { *x } else { *best };
     }
-    best.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            let other = best[lane + width];
+            best[lane] = if other > best[lane] { other } else { best[lane] };
+        }
+        width /= 2;
+    }
+    best[0]
 }
 
 #[cfg(test)]

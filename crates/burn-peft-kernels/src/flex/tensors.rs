@@ -92,10 +92,32 @@ impl Strided {
         self.strides[2]
     }
 
+    /// The rows of the last two axes' matrix, at these indices of the first two: to get at the memory takes longer than to
+    /// read a row.
+    pub(super) fn rows(&self, i: usize, j: usize) -> Rows<'_> {
+        let stride = if self.dims[2] == 1 { 0 } else { self.strides[2] };
+        Rows { memory: &self.memory()[self.at(i, j)..], stride, width: self.dims[3] }
+    }
+
     /// A row of the last axis; an axis of length 1 serves every index.
     pub(super) fn row(&self, i: usize, j: usize, k: usize) -> &[f32] {
         let k = if self.dims[2] == 1 { 0 } else { k };
         let start = self.at(i, j) + k * self.strides[2];
         &self.memory()[start..start + self.dims[3]]
+    }
+}
+
+/// Rows in memory.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a> {
+    memory: &'a [f32],
+    stride: usize,
+    width: usize,
+}
+
+impl<'a> Rows<'a> {
+    #[inline(always)]
+    pub(super) fn row(&self, k: usize) -> &'a [f32] {
+        &self.memory[k * self.stride..][..self.width]
     }
 }
