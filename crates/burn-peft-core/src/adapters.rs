@@ -251,6 +251,10 @@ impl<A: Module + ModuleDisplay + crate::Adapter> Overlay for Adapters<A> {
     fn by_token(&self) -> bool {
         self.iter().all(|(_, adapter)| adapter.by_token())
     }
+
+    fn rows_alike(&self) -> bool {
+        true
+    }
 }
 
 /// Adapters that fold into parameters, by path: what [`merge`](crate::merge) takes.

@@ -158,9 +158,10 @@ impl<A: Module + ModuleDisplay + Adapter> Overlay for Selection<'_, A> {
     }
 
     fn by_token(&self) -> bool {
-        let whole = |(adapters, share): &(&Adapters<A>, Share)| {
-            matches!(share, Share::Scale(_)) && adapters.by_token()
-        };
-        self.parts.iter().all(whole)
+        self.parts.iter().all(|(adapters, _)| adapters.by_token())
+    }
+
+    fn rows_alike(&self) -> bool {
+        self.parts.iter().all(|(_, share)| matches!(share, Share::Scale(_)))
     }
 }

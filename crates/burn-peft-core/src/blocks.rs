@@ -54,6 +54,10 @@ impl Overlay for Inside<'_> {
     fn by_token(&self) -> bool {
         self.still.by_token() && self.beside.by_token()
     }
+
+    fn rows_alike(&self) -> bool {
+        self.still.rows_alike() && self.beside.rows_alike()
+    }
 }
 
 type Block = dyn Fn(&[Tensor<3>], &Scope<'_>) -> Tensor<3>;

@@ -28,8 +28,13 @@ pub trait Overlay {
     /// Appends what lies at `path`.
     fn at<'a>(&'a self, path: &str, laid: &mut Vec<Laid<'a>>);
 
-    /// Whether all that it lays anywhere goes [token by token](Adapter::by_token), for all rows of the batch alike.
+    /// Whether all that it lays anywhere goes [token by token](Adapter::by_token).
     fn by_token(&self) -> bool {
+        false
+    }
+
+    /// Whether it is the same for all rows of the batch.
+    fn rows_alike(&self) -> bool {
         false
     }
 }
@@ -38,6 +43,10 @@ impl Overlay for () {
     fn at<'a>(&'a self, _path: &str, _laid: &mut Vec<Laid<'a>>) {}
 
     fn by_token(&self) -> bool {
+        true
+    }
+
+    fn rows_alike(&self) -> bool {
         true
     }
 }
@@ -50,6 +59,10 @@ impl<O: Overlay + ?Sized> Overlay for &O {
     fn by_token(&self) -> bool {
         (**self).by_token()
     }
+
+    fn rows_alike(&self) -> bool {
+        (**self).rows_alike()
+    }
 }
 
 impl<O: Overlay + ?Sized> Overlay for Box<O> {
@@ -59,6 +72,10 @@ impl<O: Overlay + ?Sized> Overlay for Box<O> {
 
     fn by_token(&self) -> bool {
         (**self).by_token()
+    }
+
+    fn rows_alike(&self) -> bool {
+        (**self).rows_alike()
     }
 }
 
@@ -71,6 +88,10 @@ impl<O: Overlay> Overlay for Vec<O> {
 
     fn by_token(&self) -> bool {
         self.iter().all(Overlay::by_token)
+    }
+
+    fn rows_alike(&self) -> bool {
+        self.iter().all(Overlay::rows_alike)
     }
 }
 
@@ -87,6 +108,12 @@ macro_rules! tuple {
             fn by_token(&self) -> bool {
                 let ($($name,)+) = self;
                 $($name.by_token())&&+
+            }
+
+            #[allow(non_snake_case)]
+            fn rows_alike(&self) -> bool {
+                let ($($name,)+) = self;
+                $($name.rows_alike())&&+
             }
         }
     };

@@ -97,10 +97,16 @@ impl<'a> Scope<'a> {
         laid
     }
 
-    /// Whether all that lies over the model goes [token by token](Adapter::by_token), so that a padded batch may be
-    /// read without its padding.
+    /// Whether all that lies over the model goes [token by token](Adapter::by_token), so that a layer may be run for some
+    /// tokens of each row.
     pub fn by_token(&self) -> bool {
         self.overlay.by_token()
+    }
+
+    /// Whether what lies over the model is the same for all rows of the batch, so that they may be read as one where it also
+    /// goes token by token.
+    pub fn rows_alike(&self) -> bool {
+        self.overlay.rows_alike()
     }
 
     /// Whether nothing lies over this place, so that its layer may be computed in any way.

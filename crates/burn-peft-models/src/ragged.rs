@@ -1,8 +1,8 @@
 //! Batches without their padding.
 //!
 //! Most of a model's arithmetic goes token by token: norms, linear layers, activations. Where all that lies over it does so
-//! too ([`Scope::by_token`]), the tokens of a padded batch are laid one after the other, and padding costs nothing
-//! there; only attention sees rows.
+//! too, and is the same for all rows ([`Scope::by_token`], [`Scope::rows_alike`]), the tokens of a padded batch are laid one
+//! after the other, and padding costs nothing; only attention is told where a row ends.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft_core::Scope;
@@ -33,7 +33,8 @@ impl Ragged {
     ) -> Option<Self> {
         let whole = mask.iter().all(|kept| *kept != 0);
         let begins = mask.iter().step_by(seq.max(1)).all(|kept| *kept != 0);
-        if whole || !begins || !burn_peft_kernels::any_shape(device) || !cx.by_token() {
+        let may_lie_so = cx.by_token() && cx.rows_alike() && burn_peft_kernels::any_shape(device);
+        if whole || !begins || !may_lie_so {
             return None;
         }
         let (mut padded, mut tokens) = (Vec::new(), Vec::with_capacity(mask.len()));

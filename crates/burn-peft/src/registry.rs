@@ -168,6 +168,10 @@ impl<T: Method> Overlay for Held<T> {
     fn by_token(&self) -> bool {
         self.1.by_token()
     }
+
+    fn rows_alike(&self) -> bool {
+        self.1.rows_alike()
+    }
 }
 
 impl<T: Method> AnyAdapters for Held<T> {
