@@ -69,6 +69,8 @@ pub(super) type Lengths = Vec<[usize; 2]>;
 impl Inputs {
     fn new(q: &Dense, k: &Dense, v: &Dense, around: &Around) -> Self {
         let [q, k, v] = [q, k, v].map(Strided::new);
+        let (heads, groups) = (q.dims[1], k.dims[1]);
+        assert!(heads == 0 || heads.is_multiple_of(groups), "{heads} heads of {groups} groups");
         let scale = (q.dims[3] as f32).powf(-0.5);
         let mask = around.mask.as_ref().map(Strided::new);
         let rows = match &around.lengths {
