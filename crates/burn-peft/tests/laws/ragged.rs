@@ -7,7 +7,7 @@ use crate::vision::images;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
-use burn_peft::core::{Laid, Overlay, Scope, Sites, Targets, adapt, merge};
+use burn_peft::core::{Adapters, Laid, Method, Overlay, Scope, Sites, Targets, adapt, merge};
 use burn_peft::models::{
     BertForSequenceClassification, Classifier, Pretrained, Tokens, ViTForImageClassification,
 };
@@ -74,15 +74,23 @@ fn gradients_are_those_of_the_padded_batch() {
     let lora = Lora::new(3, 6.0, Targets::list(["query", "value", "dense", "word_embeddings"]));
     let fresh = adapt(&sites, &lora, 0, &device().autodiff()).expect("fits");
     let adapters = fresh.map(&mut Drawn::new(7, 0.8));
+    same_gradients(&model, &batch, &adapters);
+}
+
+fn same_gradients<M: Classifier>(
+    model: &M,
+    batch: &M::Input,
+    adapters: &Adapters<<Lora as Method>::Adapter>,
+) {
     let gradients = |cx: &Scope<'_>| {
-        let y = model.forward(&batch, cx);
-        let grads = GradientsParams::from_grads((y.clone() * y).mean().backward(), &adapters);
+        let y = model.forward(batch, cx);
+        let grads = GradientsParams::from_grads((y.clone() * y).mean().backward(), adapters);
         let mut found = Gradients(&grads, Vec::new());
         adapters.visit(&mut found);
         found.1
     };
-    let found = gradients(&Scope::new(&adapters));
-    let expected = gradients(&Scope::new(&Padded(&adapters)));
+    let found = gradients(&Scope::new(adapters));
+    let expected = gradients(&Scope::new(&Padded(adapters)));
     assert!(found.len() > 10 && found.len() == expected.len(), "{}", found.len());
     for (found, expected) in found.iter().zip(&expected) {
         close(found, expected, "a gradient");
@@ -96,6 +104,9 @@ fn rows_that_begin_with_padding_stay() {
     let mut batch = tokens("bert", true);
     batch.mask[0] = 0;
     batch.mask[batch.seq..2 * batch.seq].fill(0);
+    // All states to the bit, and what is read of them, which the last block is run for alone.
+    let states = |cx: &Scope<'_>| values(model.encoder().forward(&batch, &cx.at("bert")));
+    assert_eq!(states(&Scope::plain()), states(&Scope::new(&Padded(&()))));
     let logits = |cx: &Scope<'_>| values(model.forward(&batch, cx));
     close(&logits(&Scope::plain()), &logits(&Scope::new(&Padded(&()))), "padding in front");
 }
@@ -112,8 +123,9 @@ fn a_last_block_for_what_is_read() {
 
 fn reads_the_first<M: Classifier>(model: &M, batch: &M::Input, lora: Lora) {
     let sites = Sites::of(model, Some(M::OUTPUT));
-    let fresh = adapt(&sites, &lora, 0, &device()).expect("fits");
+    let fresh = adapt(&sites, &lora, 0, &device().autodiff()).expect("fits");
     let adapters = fresh.map(&mut Drawn::new(7, 0.8));
+    same_gradients(model, batch, &adapters);
     let logits = |cx: &Scope<'_>| values(model.forward(batch, cx));
     let [some, all] =
         [&adapters as &dyn Overlay, &Padded(&adapters)].map(|o| logits(&Scope::new(o)));
